@@ -1,0 +1,1 @@
+"""Quantize into preallocated buffers, in place."""

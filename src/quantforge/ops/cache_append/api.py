@@ -1,0 +1,59 @@
+"""Public `cache_append`: validation, then the operator."""
+
+from __future__ import annotations
+
+import torch
+
+from quantforge.errors import InputError
+from quantforge.ops.cache_append import op
+from quantforge.ops.checks import check_floating, check_last_dim, check_packed, check_statistic
+from quantforge.spec import QuantSpec
+
+
+def cache_append(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    position: torch.Tensor,
+    spec: QuantSpec,
+    *,
+    shift: torch.Tensor | None = None,
+    equalizer: torch.Tensor | None = None,
+) -> None:
+    """Quantize x into rows `position .. position + n` of preallocated buffers, in place.
+
+    Values are not checked for NaN or infinity: that would wait for the device in every decode
+    step. A bad vector gets a scale that is not finite and shows up as NaN, as in a dense cache.
+
+    Args:
+        packed: (..., capacity, row_bytes) uint8, written.
+        scales: (..., capacity, 1) or (..., capacity, 2), written.
+        x: (..., n, dim) float tensor.
+        position: int64 scalar tensor, on the CPU or the buffers' device. On the CPU the range is
+            checked; on a device that would wait for it, and rows beyond the capacity are an error
+            of the device.
+        spec: the code.
+        shift: as for `quantize`.
+        equalizer: as for `quantize`.
+
+    Raises:
+        InputError: for shapes that do not fit, or rows beyond the capacity.
+
+    Source: arXiv 2504.19874, Algorithm 1.
+    Cost: reads x once, writes `bits / 8` bytes per number.
+    """
+    check_floating("x", x)
+    check_last_dim("x", x, spec.dim)
+    check_packed("packed", packed, scales, spec)
+    check_statistic("shift", shift, x.shape)
+    check_statistic("equalizer", equalizer, x.shape)
+    if packed.shape[:-2] != x.shape[:-2]:
+        raise InputError(
+            f"the leading axes of x and packed must agree; got {tuple(x.shape)} and "
+            f"{tuple(packed.shape)}"
+        )
+    if position.device.type == "cpu" and not torch.compiler.is_compiling():
+        start, stop, capacity = int(position), int(position) + x.shape[-2], packed.shape[-2]
+        if start < 0 or stop > capacity:
+            raise InputError(f"rows {start} to {stop} do not fit into a capacity of {capacity}")
+    op.cache_append(packed, scales, x, position, shift, equalizer, spec.key)

@@ -1,0 +1,73 @@
+"""Constant tensors of a spec (codebook, signs, rotation) on a device, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from quantforge.numerics.codebook import codebook_of
+from quantforge.numerics.hadamard import base_matrix
+from quantforge.numerics.rotation import rotation_matrix, rotation_signs
+from quantforge.spec import QuantSpec, hadamard_base
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def cached_constant(make: F) -> F:
+    """Cache a function of hashable arguments that returns constant tensors.
+
+    What is cached outlives the call, so it is made outside of inference mode and of any fake or
+    tracing mode that the first caller happens to be in.
+    """
+
+    @lru_cache(maxsize=256)
+    @wraps(make)
+    def outside_modes(*args: object) -> object:
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+            return make(*args)
+
+    return outside_modes  # type: ignore[return-value]
+
+
+def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
+
+
+@cached_constant
+def centroids(spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    """Return the (2^bits,) float32 centroids."""
+    return _to(codebook_of(spec).centroids, device)
+
+
+@cached_constant
+def boundaries(spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    """Return the (2^bits - 1,) float32 boundaries."""
+    return _to(codebook_of(spec).boundaries, device)
+
+
+@cached_constant
+def signs(dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Return the (dim, 1) float32 signs of a randomized Hadamard rotation."""
+    return _to(rotation_signs(dim, seed)[:, None], device)
+
+
+@cached_constant
+def hadamard_columns(dim: int, transpose: bool, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return the columns of the dense stage, each (m, 1) float32; empty for powers of two."""
+    base = hadamard_base(dim)
+    assert base is not None, "QuantSpec admits only dims that have a Hadamard rotation"
+    if base == 1:
+        return ()
+    matrix = base_matrix(base).T if transpose else base_matrix(base)
+    return tuple(_to(matrix[:, j : j + 1], device) for j in range(base))
+
+
+@cached_constant
+def rotation(spec: QuantSpec, seed: int, device: torch.device) -> torch.Tensor:
+    """Return the orthogonal rotation R as a dense (dim, dim) float32 matrix."""
+    return _to(rotation_matrix(spec, seed=seed), device)

@@ -1,0 +1,1 @@
+"""Quantize vectors: shift, equalize, rotate, scale, encode, pack."""

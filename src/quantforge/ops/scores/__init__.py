@@ -1,0 +1,1 @@
+"""Scores of queries against packed vectors, `q @ X^T`."""

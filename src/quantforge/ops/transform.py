@@ -1,0 +1,62 @@
+"""Rotations in torch: the exact butterfly that encodes, and fast ones for queries and outputs."""
+
+from __future__ import annotations
+
+import torch
+
+from quantforge.ops import constants
+from quantforge.spec import QuantSpec
+
+MAX_DENSE_DIM = 1024
+"""Up to here a rotation is one matmul with a cached matrix (4 MiB at most)."""
+
+
+def butterfly(x: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
+    """Return `H x` (or `H^T x`) of columns (dim, n), float32, unnormalized; x is overwritten.
+
+    Vectors are columns so that each addition runs over contiguous memory. The order of additions
+    is that of `numerics.rotation.butterfly`.
+    """
+    dim, n = x.shape
+    columns = constants.hadamard_columns(dim, transpose, x.device)
+    order = max(len(columns), 1)
+    other = torch.empty_like(x)
+    if columns:
+        parts, total = x.view(-1, order, n), other.view(-1, order, n)
+        torch.mul(parts[:, :1], columns[0], out=total)
+        for j in range(1, order):
+            total.addcmul_(parts[:, j : j + 1], columns[j])  # exact: the factor is +-1
+        x, other = other, x
+    stride = order
+    while stride < dim:
+        pairs, out = x.view(-1, 2, stride * n), other.view(-1, 2, stride * n)
+        torch.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=out[:, 1])
+        x, other = other, x
+        stride *= 2
+    return x
+
+
+def rotate_raw(v: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
+    """Return `sqrt(d) R v` of columns (dim, n), bit for bit as `numerics.encode` (Hadamard)."""
+    if spec.rotation == "qr":
+        return (constants.rotation(spec, seed, v.device) * spec.dim**0.5) @ v
+    return butterfly(v * constants.signs(spec.dim, seed, v.device))
+
+
+def rotate(x: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
+    """Return `R x` of rows (..., dim), float32; not bit-exact."""
+    if spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM:
+        return x @ constants.rotation(spec, seed, x.device).T
+    columns = x.reshape(-1, spec.dim).T.contiguous()
+    y = butterfly(columns * constants.signs(spec.dim, seed, x.device))
+    return (y * spec.dim**-0.5).T.reshape(x.shape)
+
+
+def unrotate(y: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
+    """Return `R^T y` of rows (..., dim), float32: the inverse of `rotate`."""
+    if spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM:
+        return y @ constants.rotation(spec, seed, y.device)
+    columns = y.reshape(-1, spec.dim).T.contiguous()
+    x = butterfly(columns, transpose=True) * constants.signs(spec.dim, seed, y.device)
+    return (x * spec.dim**-0.5).T.reshape(y.shape)
