@@ -1,10 +1,10 @@
 """Every error quantforge raises on purpose.
 
     QuantForgeError
-    ├── ConfigError        (ValueError)   a setting that cannot be honoured
-    ├── InputError         (ValueError)   data of the wrong shape, dtype or with NaN / inf
-    ├── UnsupportedError   (TypeError)    an operation that does not exist on packed codes
-    └── FormatError        (ValueError)   a file that is damaged, foreign or from the future
+    ├── ConfigError        (ValueError)             a setting that cannot be honoured
+    ├── InputError         (ValueError)             data of the wrong shape, dtype or with NaN / inf
+    ├── UnsupportedError   (NotImplementedError)    an operation that packed codes do not have
+    └── FormatError        (ValueError)             a file that is damaged, foreign or from the future
 
 Messages say what was wrong, what was expected, what was got, and what to do.
 """
@@ -22,8 +22,11 @@ class InputError(QuantForgeError, ValueError):
     """Input data that cannot be quantized or does not fit: shape, dtype, NaN, infinity."""
 
 
-class UnsupportedError(QuantForgeError, TypeError):
-    """An operation that is not defined on quantized data; the message names the remedy."""
+class UnsupportedError(QuantForgeError, NotImplementedError):
+    """An operation that is not defined on quantized data; the message names the remedy.
+
+    Not a `TypeError`: Python's binary operators swallow those and lose the message.
+    """
 
 
 class FormatError(QuantForgeError, ValueError):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Literal, get_args
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, get_args
 
 from quantforge.errors import ConfigError, FormatError
 
@@ -84,6 +84,7 @@ class QuantSpec:
     scale_rule: ScaleRule = "unbiased"
     estimator: Estimator = "mse"
     scale_dtype: ScaleDtype = "float16"
+    _key: ClassVar[str]
 
     def __post_init__(self) -> None:
         check_int("dim", self.dim, 1, 1 << 20)
@@ -103,6 +104,8 @@ class QuantSpec:
             )
         if self.estimator == "prod" and self.bits < 2:
             raise ConfigError('estimator="prod" needs bits >= 2: one of them is the QJL sign')
+        key = ";".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        object.__setattr__(self, "_key", key)
 
     @property
     def code_bits(self) -> int:
@@ -114,10 +117,10 @@ class QuantSpec:
         """Scales stored with each vector: one, and one more for the QJL residual."""
         return 2 if self.estimator == "prod" else 1
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Canonical string; `QuantSpec.from_key` inverts it."""
-        return ";".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return self._key
 
     @staticmethod
     @lru_cache(maxsize=1024)

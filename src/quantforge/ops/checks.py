@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from quantforge.errors import InputError
 from quantforge.numerics.packing import packed_width
 from quantforge.spec import QuantSpec
+
+
+def has_values(t: torch.Tensor) -> bool:
+    """Return whether t can be looked at: not while tracing, and not a fake or meta tensor."""
+    return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
 
 
 def check_floating(name: str, x: torch.Tensor) -> None:

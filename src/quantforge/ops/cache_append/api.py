@@ -6,7 +6,13 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.ops.cache_append import op
-from quantforge.ops.checks import check_floating, check_last_dim, check_packed, check_statistic
+from quantforge.ops.checks import (
+    check_floating,
+    check_last_dim,
+    check_packed,
+    check_statistic,
+    has_values,
+)
 from quantforge.spec import QuantSpec
 
 
@@ -52,7 +58,7 @@ def cache_append(
             f"the leading axes of x and packed must agree; got {tuple(x.shape)} and "
             f"{tuple(packed.shape)}"
         )
-    if position.device.type == "cpu" and not torch.compiler.is_compiling():
+    if position.device.type == "cpu" and has_values(position):
         start, stop, capacity = int(position), int(position) + x.shape[-2], packed.shape[-2]
         if start < 0 or stop > capacity:
             raise InputError(f"rows {start} to {stop} do not fit into a capacity of {capacity}")
