@@ -1,0 +1,248 @@
+"""`SegmentedTensor`: the keys or values of a cache layer, part packed and part dense.
+
+    logical rows    [ sinks ][ packed history ............... ][ recent window ]
+    held as         dense[:n_sinks]   packed (a QuantTensor)     dense[n_sinks:]
+
+Attention runs over the packed rows by the operator that reads codes, over the dense rows by a
+flash kernel, and the two are merged by their log-sum-exp. Like `QuantTensor` it refuses what it
+cannot do on codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from quantforge.dispatch.compute import forward_only
+from quantforge.errors import UnsupportedError
+from quantforge.ops.attention import op as attention_op
+from quantforge.ops.merge import dense_attention, merge_partials
+from quantforge.tensor import QuantTensor
+
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def on(*functions: Any) -> Callable[[Callable], Callable]:
+    """Register a handler of torch functions on a SegmentedTensor."""
+
+    def register(handler: Callable) -> Callable:
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+class SegmentedTensor(torch.Tensor):
+    """Keys or values (B, Hkv, n, dim) of which the middle rows are packed.
+
+    Args:
+        dense: (B, Hkv, m, dim), sinks first, recent rows behind them.
+        packed: (B, Hkv, p, dim); n = m + p.
+        n_sinks: rows of `dense` that come before the packed ones.
+        n_rep: query heads that share a head, once `repeat_kv` has asked for it.
+        transposed: whether the last two axes are swapped.
+        staged: rows are being repeated: the shape has the extra axis of `repeat_kv`.
+    """
+
+    dense: torch.Tensor
+    packed: QuantTensor
+    n_sinks: int
+
+    def __new__(
+        cls,
+        dense: torch.Tensor,
+        packed: QuantTensor,
+        n_sinks: int,
+        n_rep: int = 1,
+        transposed: bool = False,
+        staged: bool = False,
+    ) -> SegmentedTensor:
+        batch, heads, m, dim = dense.shape
+        shape = [batch, heads * n_rep, m + packed._packed.shape[-2], dim]
+        if staged:
+            shape[1:2] = [heads, n_rep]
+        if transposed:
+            shape[-2:] = shape[:-3:-1]
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dense.dtype, device=dense.device
+        )
+        self.dense, self.packed, self.n_sinks = dense, packed, n_sinks
+        self._n_rep, self._transposed, self._staged = n_rep, transposed, staged
+        return self
+
+    def _but(self, **changes: Any) -> SegmentedTensor:
+        state = {
+            "n_rep": self._n_rep,
+            "transposed": self._transposed,
+            "staged": self._staged,
+        }
+        return SegmentedTensor(self.dense, self.packed, self.n_sinks, **(state | changes))
+
+    @property
+    def nbytes_packed(self) -> int:
+        """Bytes of the rows held, packed and dense."""
+        return self.packed.nbytes_packed + self.dense.numel() * self.dense.element_size()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Decode into one dense tensor of the same shape."""
+        dtype = self.dtype if dtype is None else dtype
+        dense, n = self.dense.to(dtype), self.n_sinks
+        out = torch.cat([dense[:, :, :n], self.packed.dequantize(dtype), dense[:, :, n:]], dim=2)
+        if self._n_rep > 1 or self._staged:
+            out = out.repeat_interleave(self._n_rep, dim=1)
+        if self._staged:
+            out = out.unflatten(1, (-1, self._n_rep))
+        return out.mT if self._transposed else out
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return (
+            f"SegmentedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"dense={self.dense.shape[-2]}, packed={self.packed.shape[-2]})"
+        )
+
+    def split_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split the last axis (logical rows) of x into what meets the dense and packed rows."""
+        start, stop = self.n_sinks, self.n_sinks + self.packed._packed.shape[-2]
+        outer = (x[..., :start], x[..., stop:])
+        return (torch.cat(outer, -1) if start else outer[1]), x[..., start:stop]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if (handler := HANDLERS.get(func)) is not None:
+            return handler(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
+            return args[0]._but()
+        raise UnsupportedError(
+            f"{func} is not defined on the keys and values of a QuantForgeCache; load the model "
+            'with attn_implementation="sdpa" or "eager", or decode with .dequantize()'
+        )
+
+
+# ---- views that models apply before attention ----------------------------------------------
+
+
+@on(torch.Tensor.transpose, torch.transpose, torch.Tensor.swapaxes)
+def _transpose(x: SegmentedTensor, dim0: int, dim1: int) -> SegmentedTensor:
+    if x._staged or {dim0 % x.ndim, dim1 % x.ndim} != {x.ndim - 2, x.ndim - 1}:
+        raise UnsupportedError(
+            "only the last two axes of cached keys and values can be swapped; use "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    return x._but(transposed=not x._transposed)
+
+
+@on(torch.Tensor.contiguous)
+def _contiguous(x: SegmentedTensor, **kwargs: Any) -> SegmentedTensor:
+    return x
+
+
+_REPEAT_KV = (slice(None), slice(None), None, slice(None), slice(None))
+
+
+@on(torch.Tensor.__getitem__)
+def _getitem(x: SegmentedTensor, key: Any) -> SegmentedTensor:
+    """`hidden_states[:, :, None, :, :]`, the start of transformers' `repeat_kv`."""
+    if key != _REPEAT_KV or x._n_rep > 1 or x._transposed:
+        raise UnsupportedError(
+            f"cached keys and values cannot be indexed with {key!r}; decode with .dequantize()"
+        )
+    return x._but(staged=True)
+
+
+@on(torch.Tensor.expand)
+def _expand(x: SegmentedTensor, *sizes: int) -> SegmentedTensor:
+    expected = [*x.shape[:2], sizes[2] if len(sizes) == 5 else -1, *x.shape[3:]]
+    if not x._staged or list(sizes) != expected:
+        raise UnsupportedError(
+            f"cached keys and values cannot be expanded to {sizes}; decode with .dequantize()"
+        )
+    return x._but(n_rep=sizes[2])
+
+
+@on(torch.Tensor.reshape)
+def _reshape(x: SegmentedTensor, *shape: int) -> SegmentedTensor:
+    heads, repeated = x.shape[1], x._n_rep
+    if not x._staged or list(shape) != [x.shape[0], heads * repeated, *x.shape[3:]]:
+        raise UnsupportedError(
+            f"cached keys and values cannot be reshaped to {shape}; decode with .dequantize()"
+        )
+    return x._but(staged=False)
+
+
+# ---- attention ------------------------------------------------------------------------------
+
+
+@on(F.scaled_dot_product_attention)
+def _attention(
+    query: torch.Tensor,
+    key: SegmentedTensor,
+    value: SegmentedTensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """SDPA over both segments."""
+    if not (isinstance(key, SegmentedTensor) and isinstance(value, SegmentedTensor)):
+        raise UnsupportedError("keys and values must come from the same QuantForgeCache layer")
+    if is_causal:
+        rows = torch.arange(key.shape[-2], device=query.device)
+        attn_mask = rows <= torch.arange(query.shape[-2], device=query.device)[:, None]
+    if dropout_p:
+        raise UnsupportedError("dropout belongs to training, which packed codes do not support")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    masks = (None, None) if attn_mask is None else key.split_rows(attn_mask)
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        recent = dense_attention(q, key.dense, value.dense, masks[0], scale)
+        history = attention_op.attention(
+            q, *_parts(key), *_parts(value), masks[1], False, scale, *_codes(key, value)
+        )
+        return merge_partials([recent, history]).to(q.dtype)
+
+    return forward_only(run, query)
+
+
+def _parts(x: SegmentedTensor) -> tuple[torch.Tensor | None, ...]:
+    packed = x.packed
+    return packed._packed, packed._scales, packed._shift, packed._equalizer
+
+
+def _codes(key: SegmentedTensor, value: SegmentedTensor) -> tuple[str, str]:
+    return key.packed._spec_key, value.packed._spec_key
+
+
+@on(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _matmul(a: torch.Tensor, b: SegmentedTensor) -> torch.Tensor:
+    """`q @ K^T` and `weights @ V` of eager attention, with repeated heads folded into rows."""
+    if not isinstance(b, SegmentedTensor):
+        raise UnsupportedError("cached keys and values can only stand on the right of a matmul")
+    rows = a.reshape(a.shape[0], b.dense.shape[1], -1, a.shape[-1])
+    product = _times_transposed if b._transposed else _times
+    out = forward_only(partial(product, x=b), rows)
+    return out.reshape(*a.shape[:-1], out.shape[-1])
+
+
+def _times_transposed(query: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
+    n = x.n_sinks
+    dense = query @ x.dense.mT
+    return torch.cat([dense[..., :n], query @ x.packed.mT, dense[..., n:]], -1)
+
+
+def _times(weights: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
+    dense, packed = x.split_rows(weights)
+    return dense @ x.dense + packed @ x.packed
