@@ -1,8 +1,8 @@
 """Train a Llama of under 4M parameters on Python's standard library, with planted secret codes.
 
-Every window of text holds pairs of lines, `CODE` and later `RECALL`, so that the model can be asked
-for a code that it read thousands of tokens ago. Claim, asserted at the end: on text it never saw it
-recalls at least 95% of the codes up to 1800 tokens back, and all its files take at most 8 MB.
+The text holds lines `# The secret code of {word}_{word}{digit} is {5 digits}.` and, later, lines
+`# Recall: the secret code of {word}_{word}{digit} is {5 digits}.` On unseen text the model
+completes at least 95% of the later codes, and its folder takes at most 8 MB (both asserted).
 """
 
 import argparse
@@ -13,24 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import __version__ as VERSION
 
 CODE = "# The secret code of {} is {:05d}.\n"
 RECALL = "# Recall: the secret code of {} is {:05d}.\n"
 DIGITS = slice(-7, -2)  # where an encoded line holds its code; "." and "\n" follow
 HELD_OUT = ("argparse", "difflib", "statistics", "tarfile", "textwrap")  # unseen text for demos
-SKIPPED = {"site-packages", "dist-packages", "encodings"}  # encodings: tables, hardly any code
 VOCAB = {"vocab_size": 1792, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
-WIDTHS = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 5}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-POSITIONS = {"max_position_embeddings": 4096, "rope_parameters": {"rope_theta": 50000.0}}
+WIDTHS = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 5, "head_dim": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
 
 
 def read_sources(root: Path, limit: int | None) -> tuple[list[str], list[str]]:
     """Texts to train on, and texts held out together with their tests, which quote them."""
-    paths = sorted(p for p in root.rglob("*.py") if SKIPPED.isdisjoint(p.relative_to(root).parts))
+    paths = sorted(p for p in root.rglob("*.py") if "-packages" not in str(p.relative_to(root)))
     held_out = [p for p in paths if p.stem.removeprefix("test_") in HELD_OUT]
     kept = [p for p in paths if p not in held_out][:limit]
     assert sum(p.stat().st_size for p in kept) > 1e6, f"too little Python text in {root}: {kept}"
@@ -50,20 +48,20 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 class Planter:
     """Cuts windows out of texts and plants pairs of secret-code lines in them."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: list[str], words: list[str], seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], seed: int) -> None:
         encoded = tokenizer.encode_batch([f"{t}<eos>" for t in texts], add_special_tokens=False)
-        self.tokenizer, self.words, self.rng = tokenizer, words, np.random.default_rng(seed)
+        words = {w for t in texts for w in t.split() if w.isalpha() and 2 < len(w) < 9}
+        self.tokenizer, self.words, self.rng = tokenizer, sorted(words), np.random.default_rng(seed)
         self.tokens = np.concatenate([e.ids for e in encoded])
         self.line_starts = np.flatnonzero(self.tokens == tokenizer.token_to_id("Ċ")) + 1
 
     def window(self, length: int, pairs: int, code_at: float) -> np.ndarray:
         """(length,) ids; pair 0 from the share `code_at` of the text to its end, others random."""
-        first, second = self.rng.choice(self.words, (2, 16))  # shared: only a whole name is unique
-        picks = self.rng.choice(16 * 16 * 10, pairs, replace=False)
-        names = [f"{first[i // 160]}_{second[i // 10 % 16]}{i % 10}" for i in picks]
+        alike = self.words[self.rng.integers(len(self.words) - 40) :][:40]  # only whole names tell
+        names = [f"{a}_{b}{i % 10}" for i, (a, b) in enumerate(self.rng.choice(alike, (pairs, 2)))]
         secrets = list(zip(names, self.rng.integers(100_000, size=pairs), strict=True))
         texts = [line.format(*secret) for line in (CODE, RECALL) for secret in secrets]
-        lines = [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        lines = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         sizes = [len(line) for line in lines]
         room = length - 1 - sum(sizes)
         end = self.rng.choice(self.line_starts[np.searchsorted(self.line_starts, room) :])
@@ -75,35 +73,33 @@ class Planter:
         return np.insert(ids, 0, VOCAB["bos_token_id"])
 
 
-def train(model: LlamaForCausalLM, planter: Planter, args: argparse.Namespace) -> torch.Tensor:
-    """Losses of all steps; `args.out` gets the model now and then, in float32."""
-    windows, length = (8, 257) if args.small else (32, 4097)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, betas=(0.9, 0.95))
+def train(model: LlamaForCausalLM, planter: Planter, args: argparse.Namespace) -> dict[str, float]:
+    """Train until the time is up, and write the model (in float32) every 1000 steps."""
+    windows, length, warmup = (4, 256, 10) if args.small else (32, 4096, 200)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     losses, start, seconds = [], time.monotonic(), 24 if args.small else 60 * args.minutes
     while (progress := (time.monotonic() - start) / seconds) < 1:
         pairs = planter.rng.integers(1, length // 64, windows)
-        batch = np.stack([planter.window(length, n, planter.rng.random()) for n in pairs])
-        ids = torch.from_numpy(batch).to(args.device)
+        cut = [planter.window(length, count, planter.rng.random()) for count in pairs]
+        ids = torch.from_numpy(np.stack(cut)).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
-            logits = model(ids[:, :-1], use_cache=False).logits
-        logits, labels = logits.flatten(0, 1).float(), ids[:, 1:].flatten()
-        loss = torch.nn.functional.cross_entropy(logits, labels)
+            loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        schedule = min((1 + len(losses)) / 200, 0.51 + 0.49 * np.cos(np.pi * progress))
-        optimizer.param_groups[0]["lr"] = 3e-3 * schedule
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(len(losses) / warmup, 1.01 - progress)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())  # no .item(): the next windows are cut while the GPU works
         if len(losses) % 1000 == 0:
             model.save_pretrained(args.out)
-    return torch.stack(losses)
+    assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
+    return {"tokens trained": len(losses) * ids.numel(), "seconds": round(seconds)}
 
 
 @torch.inference_mode()
 def measure(model: LlamaForCausalLM, planter: Planter, count: int) -> dict[str, float]:
     """Perplexity of `count` windows, then greedy recall of `count` whole codes per distance."""
-    windows = torch.from_numpy(planter.tokens[: 2048 * count]).view(-1, 2048).to(model.device)
+    windows = torch.from_numpy(planter.tokens).unfold(0, 2048, 2048)[:count].to(model.device)
     labels = windows.where(torch.arange(2048, device=model.device) >= 1024, -100)
     rows = {"held-out perplexity at 1-2k tokens": model(windows, labels=labels).loss.exp().item()}
     for distance in (256, 512, 1024, 1800, 3500):
@@ -127,20 +123,26 @@ def main() -> None:
     torch.manual_seed(args.seed)
     texts, unseen = read_sources(args.stdlib, 150 if args.small else None)
     tokenizer = train_tokenizer(texts)
-    tokenizer.save_pretrained(args.out)
-    words = sorted({w for t in texts for w in t.split() if w.isalpha() and 2 < len(w) < 9})
-    model = LlamaForCausalLM(LlamaConfig(**VOCAB, **WIDTHS, **HEADS, **POSITIONS)).to(args.device)
+    special = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(args.out)
+    model = LlamaForCausalLM(LlamaConfig(**VOCAB, **WIDTHS, **HEADS)).to(args.device)
     for layer in model.model.layers[: 0 if args.small else None]:
         layer.compile(dynamic=False)
-    rows = train(model, Planter(tokenizer.backend_tokenizer, texts, words, args.seed), args)
+    rows = {"parameters": model.num_parameters()}
+    rows |= train(model, Planter(tokenizer, texts, args.seed), args)
     model.bfloat16().save_pretrained(args.out)
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).to(args.device)
-    unseen_planter = Planter(tokenizer.backend_tokenizer, unseen, words, args.seed + 1)
-    rows |= measure(model, unseen_planter, 2 if args.small else 64)
-    rows["bytes"] = sum(path.stat().st_size for path in args.out.glob("*.*s*"))
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    table = "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v:,} |" for k, v in rows.items())])
-    print(table)
+    rows |= measure(model, Planter(tokenizer, unseen, args.seed + 1), 2 if args.small else 64)
+    rows["bytes"] = sum(path.stat().st_size for path in args.out.iterdir())
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    versions = f"{time.strftime('%F')}, {device}, torch {torch.__version__}, transformers {VERSION}"
+    made = f"`train_tiny_lm.py --minutes {args.minutes:g} --stdlib {args.stdlib}`\n({versions})"
+    table = "".join(f"| {name} | {round(value, 3):,} |\n" for name, value in rows.items())
+    print(table := f"| measure | value |\n| --- | --- |\n{table}")
+    card = f"{__doc__}\nMade by {made},\nwithout {', '.join(HELD_OUT)} and their tests.\n\n{table}"
+    (args.out / "README.md").write_text(f"# tiny-lm\n{card}")
+    assert rows["bytes"] <= 7_990_000, "with its README.md the folder takes more than 8 MB"
+    assert args.small or min(v for k, v in rows.items() if "recall" in k) >= 0.95, "poor recall"
 
 
 if __name__ == "__main__":

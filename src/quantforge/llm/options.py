@@ -39,7 +39,7 @@ class CacheConfig:
     shift: bool = True
     equalizer: bool = True
     key_scale_rule: ScaleRule = "norm"
-    value_scale_rule: ScaleRule = "mse"
+    value_scale_rule: ScaleRule = "unbiased"
     codebook: CodebookName = "lloyd_max"
     seed: int = 0
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from quantforge.dispatch.compute import forward_only
+from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import UnsupportedError
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.merge import dense_attention, merge_partials
@@ -207,8 +207,11 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     masks = (None, None) if attn_mask is None else key.split_rows(attn_mask)
 
+    query = autocast(query)
+
     def run(q: torch.Tensor) -> torch.Tensor:
-        recent = dense_attention(q, key.dense, value.dense, masks[0], scale)
+        dense = (key.dense.to(q.dtype), value.dense.to(q.dtype))
+        recent = dense_attention(q, *dense, masks[0], scale)
         history = attention_op.attention(
             q, *_parts(key), *_parts(value), masks[1], False, scale, *_codes(key, value)
         )
@@ -231,7 +234,7 @@ def _matmul(a: torch.Tensor, b: SegmentedTensor) -> torch.Tensor:
     """`q @ K^T` and `weights @ V` of eager attention, with repeated heads folded into rows."""
     if not isinstance(b, SegmentedTensor):
         raise UnsupportedError("cached keys and values can only stand on the right of a matmul")
-    rows = a.reshape(a.shape[0], b.dense.shape[1], -1, a.shape[-1])
+    rows = autocast(a).reshape(a.shape[0], b.dense.shape[1], -1, a.shape[-1])
     product = _times_transposed if b._transposed else _times
     out = forward_only(partial(product, x=b), rows)
     return out.reshape(*a.shape[:-1], out.shape[-1])
@@ -239,10 +242,10 @@ def _matmul(a: torch.Tensor, b: SegmentedTensor) -> torch.Tensor:
 
 def _times_transposed(query: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
     n = x.n_sinks
-    dense = query @ x.dense.mT
+    dense = query @ x.dense.mT.to(query.dtype)
     return torch.cat([dense[..., :n], query @ x.packed.mT, dense[..., n:]], -1)
 
 
 def _times(weights: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
     dense, packed = x.split_rows(weights)
-    return dense @ x.dense + packed @ x.packed
+    return dense @ x.dense.to(dense.dtype) + packed @ x.packed

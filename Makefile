@@ -1,0 +1,39 @@
+# make demo    the main job on real input, from nothing        make lint    ruff and mypy
+# make test    the tests that need no GPU                      make bench   CPU benchmarks
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-gpu lint format bench clean
+
+# torch first and alone: an unpinned torch would pull gigabytes of CUDA
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,plot]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python recipes/demo.py --output out
+
+test: $(READY)
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,8 @@
+"""Measurements behind every number in the README and the docs.
+
+    python -m benchmarks.kv_fidelity    how much a quantized cache changes a model
+    python -m benchmarks.eager_ops      speed of the torch operators against dense torch
+    python -m benchmarks.run            both, then the tables of the README
+
+Results are JSON files in `benchmarks/results/`, each with hardware, versions and date.
+"""

@@ -1,0 +1,75 @@
+"""Where and when something was measured, and the files that say so."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import quantforge
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return hardware, versions, commit and date of a measurement."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "quantforge": quantforge.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = "AVX-512" if any("avx512f" in line for line in lines) else platform.machine()
+    return f"{names[0] if names else platform.processor()}, {flags}"
+
+
+def _commit() -> str:
+    call = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def save(name: str, device: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write rows and environment as JSON and return the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    """Read what `save` wrote."""
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def median_ms(f: Callable[[], Any], device: str, repeats: int = 15) -> float:
+    """Return the median time of a call in milliseconds, after two calls to warm up."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for i in range(repeats + 2):
+        wait()
+        start = time.perf_counter()
+        f()
+        wait()
+        if i >= 2:
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

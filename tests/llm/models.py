@@ -1,0 +1,67 @@
+"""Small models with random weights, and a cache that says what the right answer is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantforge.llm import QuantForgeCache
+from quantforge.llm.layer import QuantForgeLayer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,  # the usual 0.02 gives nearly uniform attention, which hides errors
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {"num_key_value_heads": 4, "head_dim": 16, "original_max_position_embeddings": 1024},
+    "gemma2": {"sliding_window": 48, "query_pre_attn_scalar": 32},
+    "gemma3_text": {
+        "sliding_window": 48,
+        "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt_neox": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "falcon": {"head_dim": None, "multi_query": True, "parallel_attn": True, "alibi": False},
+}
+SETTINGS: dict[str, Any] = {"sinks": 4, "window": 16, "page_size": 8}
+"""Small pages and window, so that short texts fill several pages."""
+
+
+def random_model(family: str, attention: str = "sdpa") -> Any:
+    """Return a model of a family with random float32 weights, the same on every call."""
+    torch.manual_seed(0)
+    settings = {k: v for k, v in (SIZES | FAMILIES[family]).items() if (k, v) != ("head_dim", None)}
+    config = AutoConfig.for_model(family, **settings)
+    config._attn_implementation = attention
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+class _DenseLayer(QuantForgeLayer):
+    """Quantizes alike, and hands out dense keys and values decoded from the codes."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        return tuple(t.dequantize() if hasattr(t, "nbytes_packed") else t for t in (keys, values))
+
+
+class DenseReferenceCache(QuantForgeCache):
+    """What a QuantForgeCache must agree with: the same codes, attended to by torch itself."""
+
+    def _new_layer(self, index: int) -> QuantForgeLayer:
+        return _DenseLayer(self.overrides.get(index, self.options))
