@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,6 +16,9 @@ from quantforge.spec import QuantSpec
 
 FIELDS = ("_packed", "_scales", "_shift", "_equalizer")
 """The inner tensors; everything else of a QuantTensor is constant metadata."""
+
+Container = Literal["torch", "numpy"]
+"""What the vectors were before coding, and what `QuantPipeline.decompress` gives back."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """Handlers of torch functions, taken before torch decomposes them; filled by `dispatch`."""
@@ -40,6 +43,7 @@ class QuantTensor(torch.Tensor):
         shift: (dim,), or (..., 1, dim) broadcasting against the logical shape, or None.
         equalizer: likewise.
         dtype: what the tensor stands for and `dequantize` returns.
+        container: "numpy" if the vectors came as a numpy array; `dequantize` does not look at it.
 
     Raises:
         InputError: if the parts do not fit together.
@@ -50,9 +54,10 @@ class QuantTensor(torch.Tensor):
     _shift: torch.Tensor | None
     _equalizer: torch.Tensor | None
     _spec_key: str
+    _dim: int
     _n_rep: int
     _transposed: bool
-    _container: str
+    _container: Container
 
     def __new__(
         cls,
@@ -63,15 +68,24 @@ class QuantTensor(torch.Tensor):
         shift: torch.Tensor | None = None,
         equalizer: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        container: Container = "torch",
     ) -> QuantTensor:
+        """Check the parts and wrap them."""
+        if not isinstance(spec, QuantSpec):
+            raise InputError(f"spec must be a QuantSpec; got {type(spec).__name__}")
         check_packed("packed", packed, scales, spec)
         shape = torch.Size((*packed.shape[:-1], spec.dim))
         check_statistic("shift", shift, shape)
         check_statistic("equalizer", equalizer, shape)
+        for name, t in (("shift", shift), ("equalizer", equalizer)):
+            if t is not None and t.device != packed.device:
+                raise InputError(f"{name} is on {t.device} but packed is on {packed.device}")
         if not dtype.is_floating_point:
             raise InputError(f"dtype must be a floating-point dtype; got {dtype}")
+        if container not in get_args(Container):
+            raise InputError(f'container must be "torch" or "numpy"; got {container!r}')
         parts = (packed, scales, _aligned(shift, shape), _aligned(equalizer, shape))
-        return cls._make(*parts, (spec.key, spec.dim, dtype, 1, False, "torch"))
+        return cls._make(*parts, (spec.key, spec.dim, dtype, 1, False, container))
 
     @classmethod
     def _make(
@@ -80,7 +94,7 @@ class QuantTensor(torch.Tensor):
         scales: torch.Tensor,
         shift: torch.Tensor | None,
         equalizer: torch.Tensor | None,
-        meta: tuple[str, int, torch.dtype, int, bool, str],
+        meta: tuple[str, int, torch.dtype, int, bool, Container],
     ) -> QuantTensor:
         """Build from parts that are known to fit; statistics have the ndim of packed."""
         spec_key, dim, dtype, n_rep, transposed, container = meta
@@ -151,6 +165,11 @@ class QuantTensor(torch.Tensor):
         return self._equalizer
 
     @property
+    def container(self) -> Container:
+        """What the vectors were before coding: "torch" or "numpy"."""
+        return self._container
+
+    @property
     def nbytes_packed(self) -> int:
         """Bytes held: codes, scales, shift and equalizer (`nbytes` is what they stand for)."""
         return sum(t.numel() * t.element_size() for t in self._inner().values())
@@ -174,7 +193,7 @@ class QuantTensor(torch.Tensor):
     def _inner(self) -> dict[str, torch.Tensor]:
         return {name: t for name in FIELDS if (t := getattr(self, name)) is not None}
 
-    def _meta(self, **changes: Any) -> tuple[str, int, torch.dtype, int, bool, str]:
+    def _meta(self, **changes: Any) -> tuple[str, int, torch.dtype, int, bool, Container]:
         return (
             self._spec_key,
             self._dim,
@@ -186,8 +205,9 @@ class QuantTensor(torch.Tensor):
 
     def _map(self, f: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> QuantTensor:
         """Apply f to every inner tensor; `changes` go into the metadata."""
-        parts = (None if (t := getattr(self, name)) is None else f(t) for name in FIELDS)
-        return QuantTensor._make(*parts, self._meta(**changes))
+        shift, equalizer = (None if t is None else f(t) for t in (self._shift, self._equalizer))
+        meta = self._meta(**changes)
+        return QuantTensor._make(f(self._packed), f(self._scales), shift, equalizer, meta)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         return list(self._inner()), self._meta()
@@ -196,7 +216,9 @@ class QuantTensor(torch.Tensor):
     def __tensor_unflatten__(
         inner: Mapping[str, torch.Tensor], meta: tuple, outer_size: Any, outer_stride: Any
     ) -> QuantTensor:
-        return QuantTensor._make(*(inner.get(name) for name in FIELDS), meta)
+        packed, scales, shift, equalizer = FIELDS
+        statistics = (inner.get(shift), inner.get(equalizer))
+        return QuantTensor._make(inner[packed], inner[scales], *statistics, meta)
 
     @classmethod
     def __metadata_guard__(cls, ours: tuple, theirs: tuple) -> bool:
@@ -223,22 +245,15 @@ class QuantTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and _is_normal_tensor(args):
             # a view of a tensor made outside inference mode cannot be made inside (pytorch #112024)
             with torch.inference_mode(False), torch.no_grad():
-                return _run(func, args, kwargs or {})
-        return _run(func, args, kwargs or {})
-
-    def tolist(self) -> Any:
-        """Refuse: a packed tensor has no numbers to list."""
-        raise UnsupportedError("QuantTensor.tolist() does not exist; use .dequantize().tolist()")
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Refuse: a packed tensor has no numbers to share."""
-        raise UnsupportedError("QuantTensor.numpy() does not exist; use .dequantize().numpy()")
+                return _run(func, args, kwargs)
+        return _run(func, args, kwargs)
 
 
 def _is_normal_tensor(args: tuple) -> bool:
@@ -250,9 +265,10 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         return handler(*args, **kwargs)
     if func._can_decompose():  # inference mode delivers composite operators whole
         return func.decompose(*args, **kwargs)
+    types = ", ".join(type(arg).__name__ for arg in args)
     raise UnsupportedError(
-        f"{func} is not defined on QuantTensor; decode first with .dequantize(), or see "
-        "docs/tensor.md for the operations that work on packed codes"
+        f"{func} is not defined on QuantTensor; got ({types}). Decode first with .dequantize(), or "
+        "see docs/tensor.md for the operations that work on packed codes"
     )
 
 

@@ -1,12 +1,16 @@
 """The table of operations on `QuantTensor`.
 
-    compute   F.linear, matmul, SDPA: read the codes in place
-    views     aten views, copies and moves: rearrange the codes
-    guards    operations that must be refused with an explanation
+    views, join      rearrange the codes
+    copies           copy, move and write them
+    compute          linear and matmul, read them in place
+    attention        SDPA, likewise
+    guards           what torch would get silently wrong
+
+    register, layout, gradient      what the handlers are made of
 
 Importing this package fills `tensor.FUNCTIONS` and `tensor.OPERATORS`.
 """
 
-from quantforge.dispatch import compute, guards, views
+from quantforge.dispatch import attention, compute, copies, guards, join, views
 
-__all__ = ["compute", "guards", "views"]
+__all__ = ["attention", "compute", "copies", "guards", "join", "views"]

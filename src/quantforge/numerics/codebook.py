@@ -41,8 +41,8 @@ def _positive_half(row: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
 def load_codebook(name: CodebookName, bits: int, dim: int) -> Codebook:
     """Return the stored codebook.
 
-    "lloyd_max" takes the tabulated dim nearest in 1/d; between neighbours of the table the
-    quantizers differ by less than 1e-4 of the distortion (tested).
+    "lloyd_max" takes the tabulated dim nearest in 1/d; from dim 74 on this costs less than 1e-4
+    of the distortion at any bits, between smaller dims of the table up to 1.5% (tested).
     """
     tables, unit = _tables(), 1.0
     if name == "e4m3":

@@ -140,16 +140,17 @@ def encode(
     if spec.estimator == "mse":
         return Encoded(packed, scales[..., None])
 
-    stored = scales.astype(np.float32) * (np.float32(1) / power)
-    stored = stored * (np.float32(constants.sqrt_dim) * inverse_norm)
-    left = u - stored[..., None] * c
-    signs = _rotate_raw(left, spec, qjl_seed(spec.seed)) > 0
-    left_norm = np.sqrt(tree_sum(left * left))
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinite scale leaves inf and NaN over
+        stored = scales.astype(np.float32) * (np.float32(1) / power)
+        stored = stored * (np.float32(constants.sqrt_dim) * inverse_norm)
+        left = u - stored[..., None] * c
+        signs = _rotate_raw(left, spec, qjl_seed(spec.seed)) > 0
+        left_norm = np.sqrt(tree_sum(left * left))
         left_scales = left_norm * norm * np.float32(constants.qjl) * power
+        left_scales = left_scales.astype(spec.scale_dtype)
     return Encoded(
         np.concatenate([packed, pack(signs.astype(np.uint8), 1)], axis=-1),
-        np.stack([scales, left_scales.astype(spec.scale_dtype)], axis=-1),
+        np.stack([scales, left_scales], axis=-1),
     )
 
 

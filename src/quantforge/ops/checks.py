@@ -37,7 +37,7 @@ def check_statistic(name: str, value: torch.Tensor | None, shape: torch.Size) ->
         return
     check_floating(name, value)
     try:
-        fits = torch.broadcast_shapes(value.shape, shape) == shape
+        fits = value.ndim > 0 and torch.broadcast_shapes(value.shape, shape) == shape
     except RuntimeError:
         fits = False
     if not fits or value.shape[-1] != shape[-1] or (value.ndim > 1 and value.shape[-2] != 1):

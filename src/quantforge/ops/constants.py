@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import TypeVar
 
@@ -48,6 +49,47 @@ def centroids(spec: QuantSpec, device: torch.device) -> torch.Tensor:
 def boundaries(spec: QuantSpec, device: torch.device) -> torch.Tensor:
     """Return the (2^bits - 1,) float32 boundaries."""
     return _to(codebook_of(spec).boundaries, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Uniform cells over the range of the boundaries, each with one boundary at most.
+
+    Attributes:
+        slope: with `offset` maps u to its cell, clamped to [0, last].
+        offset: see slope.
+        last: index of the last cell.
+        below: (cells,) uint8, boundaries in the cells before.
+        boundary: (cells,) float32, the cell's own boundary, or infinity.
+    """
+
+    slope: float
+    offset: float
+    last: int
+    below: torch.Tensor
+    boundary: torch.Tensor
+
+    def index(self, u: torch.Tensor) -> torch.Tensor:
+        """Return the cell of each u (finite), int32; monotone in u."""
+        return (u * self.slope).add_(self.offset).clamp_(0, self.last).to(torch.int32)
+
+
+@cached_constant
+def cells(spec: QuantSpec, device: torch.device) -> Cells:
+    """Return cells that turn a search among the boundaries into one lookup and one comparison."""
+    bounds = boundaries(spec, torch.device("cpu"))
+    low, high, count = float(bounds[0]), float(bounds[-1]), 64
+    while True:
+        slope = float(np.float32((count - 2) / max(high - low, 1e-6)))
+        offset = float(np.float32(1 - low * slope))
+        empty = torch.empty(0)
+        home = Cells(slope, offset, count - 1, empty, empty).index(bounds)
+        if home.unique().numel() == home.numel():
+            break
+        count *= 2
+    below = torch.searchsorted(home, torch.arange(count, dtype=torch.int32)).to(torch.uint8)
+    boundary = torch.full((count,), torch.inf).index_copy(0, home.long(), bounds)
+    return Cells(slope, offset, count - 1, below.to(device), boundary.to(device))
 
 
 @cached_constant

@@ -27,7 +27,8 @@ import torch
 from quantforge.numerics.packing import Plane, planes, row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
-from quantforge.ops.transform import MAX_DENSE_DIM, rotate, unrotate
+from quantforge.ops.lookup import take
+from quantforge.ops.transform import is_dense, rotate, unrotate
 from quantforge.spec import QuantSpec
 
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 21}
@@ -59,13 +60,13 @@ class Decoder:
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Decode rows (..., n, bytes) to float32 values (..., n, width)."""
         index = self._index(rows)
-        entries = self.table.index_select(0, index.flatten())
+        entries = take(self.table, index.flatten())
         return entries.view(torch.float32).view(*rows.shape[:-1], self.order.shape[0])
 
     def _index(self, rows: torch.Tensor) -> torch.Tensor:
         base = _plane_bytes(rows, self.planes[0])
         if self.index_bytes == 2:
-            return base.contiguous().view(torch.uint16).to(torch.int32)
+            return _aligned(base).view(torch.uint16).to(torch.int32)
         if self.index_bytes == 0:
             return _unpack(rows, self.planes, self.dim).to(torch.int32)
         index = base.to(torch.int32)
@@ -79,6 +80,19 @@ class Decoder:
 
 def _plane_bytes(rows: torch.Tensor, plane: Plane) -> torch.Tensor:
     return rows[..., plane.offset : plane.offset + plane.stride]
+
+
+def _aligned(data: torch.Tensor) -> torch.Tensor:
+    """Return bytes that can be viewed in pairs: contiguous from an even address on.
+
+    Contiguous is not enough: such a tensor may start at an odd byte of its storage, and one that
+    is empty or has a single row may have any strides.
+    """
+    *strides, last = data.stride()
+    starts = (data.storage_offset(), *strides)
+    if last == 1 and data.is_contiguous() and not any(start % 2 for start in starts):
+        return data
+    return data.clone(memory_format=torch.contiguous_format)
 
 
 def _field_mask(plane: Plane, base: Plane) -> int:
@@ -187,7 +201,7 @@ def _make_component(
 ) -> Component:
     decoder = _make_decoder(layout, spec.dim, values, device)
     basis = None
-    if spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM:
+    if is_dense(spec, device):
         basis = torch.eye(spec.dim, device=device)
         for seed in seeds:
             basis = constants.rotation(spec, seed, device) @ basis

@@ -7,8 +7,16 @@ import torch
 from quantforge.ops import constants
 from quantforge.spec import QuantSpec
 
-MAX_DENSE_DIM = 1024
-"""Up to here a rotation is one matmul with a cached matrix (4 MiB at most)."""
+MAX_DENSE_DIM = {"cpu": 256, "cuda": 1024}
+"""Up to here a rotation is one matmul with a cached matrix (4 MiB at most).
+
+A butterfly needs fewer operations but more launches: on one CPU thread it decodes dim 768 in 0.4
+of the time of the matmul (docs/LOG.md, 2026-11-24)."""
+
+
+def is_dense(spec: QuantSpec, device: torch.device) -> bool:
+    """Return whether rotations that need not be bit-exact are matmuls."""
+    return spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM[device.type]
 
 
 def butterfly(x: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
@@ -46,7 +54,7 @@ def rotate_raw(v: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
     """Return `R x` of rows (..., dim), float32; not bit-exact."""
-    if spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM:
+    if is_dense(spec, x.device):
         return x @ constants.rotation(spec, seed, x.device).T
     columns = x.reshape(-1, spec.dim).T.contiguous()
     y = butterfly(columns * constants.signs(spec.dim, seed, x.device))
@@ -55,7 +63,7 @@ def rotate(x: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
 
 def unrotate(y: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
     """Return `R^T y` of rows (..., dim), float32: the inverse of `rotate`."""
-    if spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM:
+    if is_dense(spec, y.device):
         return y @ constants.rotation(spec, seed, y.device)
     columns = y.reshape(-1, spec.dim).T.contiguous()
     x = butterfly(columns, transpose=True) * constants.signs(spec.dim, seed, y.device)

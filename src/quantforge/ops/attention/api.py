@@ -100,7 +100,7 @@ def _check_shapes(
         return
     target = torch.Size((*query.shape[:3], key.shape[2]))
     try:
-        fits = mask.ndim <= 4 and torch.broadcast_shapes(mask.shape, target) == target
+        fits = 1 <= mask.ndim <= 4 and torch.broadcast_shapes(mask.shape, target) == target
     except RuntimeError:
         fits = False
     if not fits or mask.shape[-1] != target[-1]:

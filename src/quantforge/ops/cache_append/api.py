@@ -53,13 +53,26 @@ def cache_append(
     check_packed("packed", packed, scales, spec)
     check_statistic("shift", shift, x.shape)
     check_statistic("equalizer", equalizer, x.shape)
-    if packed.shape[:-2] != x.shape[:-2]:
+    if min(x.ndim, packed.ndim) < 2 or packed.shape[:-2] != x.shape[:-2]:
         raise InputError(
-            f"the leading axes of x and packed must agree; got {tuple(x.shape)} and "
-            f"{tuple(packed.shape)}"
+            "x must be (..., n, dim) and packed (..., capacity, bytes) of the same leading axes; "
+            f"got {tuple(x.shape)} and {tuple(packed.shape)}"
         )
+    _check_position(position)
     if position.device.type == "cpu" and has_values(position):
         start, stop, capacity = int(position), int(position) + x.shape[-2], packed.shape[-2]
         if start < 0 or stop > capacity:
             raise InputError(f"rows {start} to {stop} do not fit into a capacity of {capacity}")
     op.cache_append(packed, scales, x, position, shift, equalizer, spec.key)
+
+
+def _check_position(position: torch.Tensor) -> None:
+    if not isinstance(position, torch.Tensor):
+        got = type(position).__name__
+    elif position.dtype != torch.int64 or position.numel() != 1:
+        got = f"{position.dtype} of shape {tuple(position.shape)}"
+    else:
+        return
+    raise InputError(
+        f"position must be an int64 scalar tensor, so that it may live on the device; got {got}"
+    )

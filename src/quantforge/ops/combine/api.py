@@ -45,8 +45,8 @@ def combine(
     """
     check_floating("weights", weights)
     check_packed("packed", packed, scales, spec)
-    check_last_dim("weights", weights, packed.shape[-2])
     check_batch("weights", weights, "packed", packed)
+    check_last_dim("weights", weights, packed.shape[-2])
     shape = torch.Size((*packed.shape[:-1], spec.dim))
     check_statistic("shift", shift, shape)
     check_statistic("equalizer", equalizer, shape)

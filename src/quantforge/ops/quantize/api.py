@@ -54,7 +54,7 @@ def check_scales(x: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> None
     position = int((~finite).flatten().nonzero()[0])
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), finite.shape))
     vector = x[index]
-    where = f"vector {index[0] if len(index) == 1 else index}"
+    where = "the vector" if not index else f"vector {index[0] if len(index) == 1 else index}"
     if not bool(torch.isfinite(vector).all()):
         raise InputError(
             f"x must be finite, but {where} holds NaN or infinity; remove or replace it "

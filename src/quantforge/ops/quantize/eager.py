@@ -15,6 +15,7 @@ from quantforge.numerics.encode import SMALLEST_NORMAL, encode_constants
 from quantforge.numerics.packing import packed_width, planes, row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
+from quantforge.ops.lookup import take
 from quantforge.ops.statistics import flatten, is_shared
 from quantforge.ops.transform import rotate_raw
 from quantforge.spec import QuantSpec
@@ -42,7 +43,22 @@ def exact_sqrt(x: torch.Tensor) -> torch.Tensor:
 
 def _reciprocal(x: torch.Tensor) -> torch.Tensor:
     """Return 1 / x, and 0 where x is 0."""
-    return torch.where(x == 0, x, x.reciprocal())
+    return torch.where(x == 0, 0.0, x.reciprocal())  # of -0.0 too: scales are compared as bytes
+
+
+def nearest(u: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Return the number of boundaries below each u, uint8: the code of the nearest centroid.
+
+    A binary search costs 23 ns a number on CPU at 4 bits, a lookup by uniform cell 1.7 ns, with
+    the same result: cells are monotone in u, and the one boundary inside is compared.
+    """
+    if u.device.type != "cpu":
+        boundaries = constants.boundaries(spec, u.device)
+        return torch.bucketize(u, boundaries, out_int32=True).to(torch.uint8)
+    cells = constants.cells(spec, u.device)
+    index = cells.index(u).flatten()
+    above = u > take(cells.boundary, index).view_as(u)
+    return take(cells.below, index).view_as(u) + above
 
 
 def pack_columns(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
@@ -66,10 +82,14 @@ def encode_columns(
     v = v * power.reciprocal()
     norm = exact_sqrt(tree_sum(v * v))
     inverse_norm = _reciprocal(norm)
+    if v.device.type == "cpu" and not bool(torch.isfinite(norm).all()):
+        # lookups need numbers; the scale of a bad vector still says what is wrong
+        bad = ~torch.isfinite(norm)
+        v, inverse_norm = v.masked_fill(bad, 0.0), inverse_norm.masked_fill(bad, 0.0)
 
     u = rotate_raw(v, spec, spec.seed).mul_(inverse_norm)
-    codes = torch.bucketize(u, constants.boundaries(spec, v.device), out_int32=True)
-    c = constants.centroids(spec, v.device).index_select(0, codes.flatten()).view_as(u)
+    codes = nearest(u, spec)
+    c = take(constants.centroids(spec, v.device), codes.flatten().to(torch.int32)).view_as(u)
     if spec.scale_rule == "unbiased":
         factor = factors.dim * _reciprocal(tree_sum(u * c))
     elif spec.scale_rule == "norm":
@@ -78,7 +98,7 @@ def encode_columns(
         factor = tree_sum(u * c) * _reciprocal(tree_sum(c * c))
     scales[:, 0] = norm * factors.inv_sqrt_dim * factor * power
     code_bytes = row_bytes(spec.dim, spec.code_bits)
-    pack_columns(codes.to(torch.uint8), spec.code_bits, packed[:, :code_bytes])
+    pack_columns(codes, spec.code_bits, packed[:, :code_bytes])
 
     if spec.estimator == "prod":
         stored = scales[:, 0].to(torch.float32) * power.reciprocal()

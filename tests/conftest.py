@@ -1,0 +1,55 @@
+"""Fixtures and settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# One thread: arrays here are small, and a parallel region waits for every core. With another
+# process on one of two cores it made this suite ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# Derandomized: a red build must be red again on the next run.
+settings.register_profile("quantforge", deadline=None, derandomize=True, database=None)
+settings.load_profile("quantforge")
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `empty` allocates with NaN (0xA5 for integers), as uninitialized memory may be."""
+
+    def poisoned(make):  # type: ignore[no-untyped-def]
+        def allocate(*args, **kwargs):  # type: ignore[no-untyped-def]
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xA5)
+
+        return allocate
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
