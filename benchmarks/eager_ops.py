@@ -67,10 +67,13 @@ def codec_cases(device: str) -> Iterator[tuple[dict[str, Any], Calls]]:
             spec = QuantSpec(dim, bits)
             codes = QuantTensor.quantize(x, spec)
             case = {"n": len(x), "dim": dim, "queries": 0, "bits": bits}
-            yield {"op": "quantize", **case}, {
-                "packed": partial(QuantTensor.quantize, x, spec),
-                "copy": x.clone,
-            }
+            yield (
+                {"op": "quantize", **case},
+                {
+                    "packed": partial(QuantTensor.quantize, x, spec),
+                    "copy": x.clone,
+                },
+            )
             yield {"op": "dequantize", **case}, {"packed": codes.dequantize, "copy": x.clone}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+
 def with_outlier_channels(model: Any, *, gain: float = 30.0, pairs: int = 4, seed: int = 0) -> Any:
     """Return a copy whose keys and values have loud channels; the function is unchanged.
 

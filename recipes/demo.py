@@ -69,7 +69,9 @@ def show_cache(model, tokenizer, context: int) -> list[dict]:
         measured = fidelity(model, ids, context, make, reference)
         hits = 0
         for prompt, code in zip(needles, CODES, strict=True):
-            reply = model.generate(prompt, max_new_tokens=8, do_sample=False, past_key_values=make())
+            reply = model.generate(
+                prompt, max_new_tokens=8, do_sample=False, past_key_values=make()
+            )
             hits += code in tokenizer.decode(reply[0, prompt.shape[1] :])
         rows.append(
             {
@@ -127,7 +129,9 @@ def show_search(model, tokenizer, count: int, output: Path) -> float:
     queries = vectors[::10]
     exact, ours = (queries @ vectors.T).topk(10).indices, (queries @ codes.T).topk(10).indices
     recall = (ours[:, :, None] == exact[:, None]).any(-1).float().mean().item()
-    print(f"\n{len(texts)} docstrings: {vectors.nbytes} bytes as fp32, {codes.nbytes_packed} packed")
+    print(
+        f"\n{len(texts)} docstrings: {vectors.nbytes} bytes as fp32, {codes.nbytes_packed} packed"
+    )
     print(f"in {path} ({path.stat().st_size} bytes); recall@10 against exact: {recall:.3f}")
     for index in (queries[7] @ codes.T).topk(4).indices.tolist():
         print(f"  {'query' if index == 70 else 'near '}: {texts[index][:88]}")

@@ -80,10 +80,12 @@ def main() -> None:
     got, seconds = generate(model, tokenizer, ids, ours, new)
     length = min(len(expected), len(got))
     same = int((expected[:length] == got[:length]).int().cumprod(0).sum())
-    print(f"own cache:  {tokenizer.decode(expected)!r}\n{args.bits} bits:     {tokenizer.decode(got)!r}")
+    for name, new_tokens in (("own cache", expected), (f"{args.bits} bits", got)):
+        print(f"{name:12} {tokenizer.decode(new_tokens)!r}")
     print(f"\n{'cache':12} {'KiB':>10} {'seconds':>8}   {ids.shape[1]} prompt tokens, {new} new")
     print(f"{'own':12} {own_bytes(own) / 1024:10.1f} {own_seconds:8.2f}")
-    print(f"{args.bits + ' bits':12} {ours.nbytes / 1024:10.1f} {seconds:8.2f}   {same} tokens agree")
+    name = f"{args.bits} bits"
+    print(f"{name:12} {ours.nbytes / 1024:10.1f} {seconds:8.2f}   {same} tokens agree")
     if ids.shape[1] > 4 * (args.window + ours.options.page_size + ours.options.sinks):
         assert ours.nbytes < own_bytes(own), "the quantized cache is larger"
 

@@ -1,10 +1,10 @@
 """Every error quantforge raises on purpose.
 
     QuantForgeError
-    ├── ConfigError        (ValueError)             a setting that cannot be honoured
-    ├── InputError         (ValueError)             data of the wrong shape, dtype or with NaN / inf
-    ├── UnsupportedError   (NotImplementedError)    an operation that packed codes do not have
-    └── FormatError        (ValueError)             a file that is damaged, foreign or from the future
+    ├── ConfigError       (ValueError)           a setting that cannot be honoured
+    ├── InputError        (ValueError)           data of the wrong shape, dtype or with NaN / inf
+    ├── UnsupportedError  (NotImplementedError)  an operation that packed codes do not have
+    └── FormatError       (ValueError)           a file that is damaged, foreign or from the future
 
 Messages say what was wrong, what was expected, what was got, and what to do.
 """

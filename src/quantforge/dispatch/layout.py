@@ -123,7 +123,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     ):
         return True
     ndim = max(a.ndim, b.ndim)
-    return has_values(a) and torch.equal(prepended(a, ndim), prepended(b, ndim))
+    return has_values(a) and torch.equal(prepended(a, ndim), prepended(b.to(a.device), ndim))
 
 
 def _place(t: Tensor) -> tuple:

@@ -61,12 +61,12 @@ class QuantForgeLayer(CacheLayerMixin):
         return (key_states, value_states) if first else (keys, values)
 
     @property
-    def keys(self) -> torch.Tensor | SegmentedTensor | None:
+    def keys(self) -> torch.Tensor | SegmentedTensor | None:  # type: ignore[override]
         """All keys (B, Hkv, n, dim), or None before the first token."""
         return self._keys.view() if self.is_initialized else None
 
     @property
-    def values(self) -> torch.Tensor | SegmentedTensor | None:
+    def values(self) -> torch.Tensor | SegmentedTensor | None:  # type: ignore[override]
         """All values (B, Hkv, n, dim), or None before the first token."""
         return self._values.view() if self.is_initialized else None
 

@@ -51,8 +51,11 @@ class SegmentedTensor(torch.Tensor):
     dense: torch.Tensor
     packed: QuantTensor
     n_sinks: int
+    _n_rep: int
+    _transposed: bool
+    _staged: bool
 
-    def __new__(
+    def __new__(  # noqa: D102 - arguments are in the class docstring
         cls,
         dense: torch.Tensor,
         packed: QuantTensor,
@@ -120,7 +123,7 @@ class SegmentedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:

@@ -90,13 +90,10 @@ def distortion(centroids: Array, dim: int = GAUSSIAN) -> float:
     density, end = _density(dim)
     inner = (centroids[1:] + centroids[:-1]) / 2
     low, high = np.concatenate([[0.0], inner]), np.concatenate([inner, [end]])
-    total = 0.0
-    for a, b, c in zip(low, high, centroids, strict=True):
-        error = _integrate(lambda u, c=c: (u - c) ** 2 * density(u), np.array([a]), np.array([b]))
-        total += float(error[0])
+    error = _integrate(lambda u: (u - centroids[:, None]) ** 2 * density(u), low, high).sum()
     edges = np.linspace(0, end, 65)
     power = _integrate(lambda u: u * u * density(u), edges[:-1], edges[1:]).sum()
-    return total / float(power)
+    return float(error / power)
 
 
 def round_to_e4m3(x: Array) -> Array:

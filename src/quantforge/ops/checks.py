@@ -20,7 +20,9 @@ def check_floating(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
     if not x.dtype.is_floating_point:
-        raise InputError(f"{name} must be a floating-point tensor; got {x.dtype}; use {name}.float()")
+        raise InputError(
+            f"{name} must be a floating-point tensor; got {x.dtype}; use {name}.float()"
+        )
 
 
 def check_last_dim(name: str, x: torch.Tensor, dim: int) -> None:

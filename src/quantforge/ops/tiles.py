@@ -223,9 +223,7 @@ def components(spec: QuantSpec, device: torch.device) -> tuple[Component, ...]:
     return code, _make_component(spec, signs, torch.tensor([-1.0, 1.0]), seeds, 1, device)
 
 
-def tiles(
-    packed: torch.Tensor, width: int, *, columns_per_row: int = 0
-) -> Iterator[slice]:
+def tiles(packed: torch.Tensor, width: int, *, columns_per_row: int = 0) -> Iterator[slice]:
     """Yield slices along the rows of packed (..., n, bytes) that bound the decoded memory.
 
     `width` numbers are decoded per row; `columns_per_row` numbers of work space (scores of all

@@ -66,13 +66,12 @@ def cache_append(
     op.cache_append(packed, scales, x, position, shift, equalizer, spec.key)
 
 
-def _check_position(position: torch.Tensor) -> None:
-    if not isinstance(position, torch.Tensor):
-        got = type(position).__name__
-    elif position.dtype != torch.int64 or position.numel() != 1:
+def _check_position(position: object) -> None:
+    got = type(position).__name__
+    if isinstance(position, torch.Tensor):
+        if position.dtype == torch.int64 and position.numel() == 1:
+            return
         got = f"{position.dtype} of shape {tuple(position.shape)}"
-    else:
-        return
     raise InputError(
         f"position must be an int64 scalar tensor, so that it may live on the device; got {got}"
     )

@@ -24,7 +24,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum columns (dim, n) over dim in the order of `numerics.encode.tree_sum`; x is overwritten."""
+    """Sum columns (dim, n) over dim in the order of `numerics.encode.tree_sum`; overwrites x."""
     while (dim := x.shape[0]) > 1:
         half = 1 << ((dim - 1).bit_length() - 1)
         x[: dim - half] += x[half:]
@@ -155,9 +155,9 @@ def quantize(
     scales = x.new_empty((*x.shape[:-1], spec.scales_per_vector), dtype=scale_dtype)
     if x.numel():
         if is_shared(shift) and is_shared(equalizer):  # one long axis: even chunks
-            flat = [t.view(-1, t.shape[-1]) for t in (packed, scales)]
             x = x.reshape(-1, spec.dim)
-            quantize_into(*flat, x, flatten(shift), flatten(equalizer), spec)
+            rows = packed.view(-1, packed.shape[-1]), scales.view(-1, scales.shape[-1])
+            quantize_into(*rows, x, flatten(shift), flatten(equalizer), spec)
         else:
             quantize_into(packed, scales, x, shift, equalizer, spec)
     return packed, scales
