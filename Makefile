@@ -15,7 +15,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python recipes/demo.py --output out
+	$(BIN)/python recipes/demo_cache.py --output out
+	$(BIN)/python recipes/demo_search.py --output out
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not gpu'

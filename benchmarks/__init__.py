@@ -2,7 +2,8 @@
 
     python -m benchmarks.kv_fidelity    how much a quantized cache changes a model
     python -m benchmarks.eager_ops      speed of the torch operators against dense torch
-    python -m benchmarks.run            both, then the tables of the README
+    python -m benchmarks.tables         the tables of README and docs, from the results
+    python -m benchmarks.run            all three
 
 Results are JSON files in `benchmarks/results/`, each with hardware, versions and date.
 """

@@ -17,10 +17,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from quantforge import QuantForgeConfig, QuantTensor, UnsupportedError
 from quantforge.ops import cache_append
 from tests.helpers import spec_of
-from tests.test_tensor import (
+from tests.test_tensor_compute import COMPUTE
+from tests.test_tensor_views import (
     ALL_VIEWS,
     ALL_WRITES,
-    COMPUTE,
     B,
     D,
     H,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-
 from benchmarks.kv_fidelity import MODEL, held_out_tokens, needle_prompts, recalled
 from benchmarks.stress_models import with_key_bias, with_outlier_channels
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
 from quantforge import QuantForgeCache
 from quantforge.errors import InputError
 from quantforge.llm.fidelity import Fidelity, decode_logits, fidelity
@@ -66,7 +66,7 @@ def test_kl_of_the_default_cache(name: str, bits: int, limit: float) -> None:
 
 @pytest.mark.parametrize("name", ["outliers", "bias"])
 def test_stress_models_break_codes_alone(name: str) -> None:
-    """Without shift, equalizer and windows these models break: else the tests above prove little."""
+    """Without the defaults these models break: else the tests above would prove little."""
     assert measured(name, **NAIVE).kl_mean > 10 * measured(name).kl_mean
 
 

@@ -1,0 +1,107 @@
+"""The tables of the README, made from `benchmarks/results/`.
+
+python -m benchmarks.tables        rewrites what stands between `<!-- table: NAME -->` marks
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.record import load
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _caption(name: str) -> str:
+    where = load(name)["environment"]
+    threads = f", {where['threads']} thread" + ("s" if where["threads"] != 1 else "")
+    return (
+        f"{where['device']}{threads if 'NVIDIA' not in where['device'] else ''}, torch "
+        f"{where['torch']}, transformers {where['transformers']}, {where['date']}; "
+        f"`benchmarks/results/{name}.json`."
+    )
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def kv_fidelity(name: str) -> str:
+    """Return KL, top-1 and needles of each cache on the three versions of a model."""
+    found = load(name)["rows"]
+    versions = list(dict.fromkeys(row["model"] for row in found))
+    rows = []
+    for cache in dict.fromkeys(row["cache"] for row in found):
+        by_version = {row["model"]: row for row in found if row["cache"] == cache}
+        first = by_version[versions[0]]
+        cells = [
+            f"{row['kl_mean']:.4f} / {row['top1']:.3f} / {row['needles']:.0%}"
+            for row in (by_version[version] for version in versions)
+        ]
+        rows.append([cache, *cells, f"{first['bits_per_number_at_8k']:.2f}"])
+    head = ["KL (nats) / top-1 / needles", *versions, "bits per number at 8k"]
+    settings = found[0]
+    what = f"Decode of {settings['decode']} tokens after {settings['prompt']}. "
+    return _markdown(head, rows) + "\n" + what + _caption(name) + "\n"
+
+
+def eager_scores(name: str) -> str:
+    """Return the speed of packed scores against dense matmul."""
+    rows = [row for row in load(name)["rows"] if row["op"] == "scores"]
+    body = [
+        [
+            f"{row['dim']}",
+            f"{row['queries']}",
+            f"{row['bits']}",
+            f"{row['ratios']['fp32']:.2f}x",
+            f"{row['ratios']['bf16']:.2f}x",
+        ]
+        for row in rows
+    ]
+    head = ["dim", "queries", "bits", "against fp32 matmul", "against bf16 matmul"]
+    return _markdown(head, body) + f"\n{rows[0]['n']:,} vectors. {_caption(name)}\n"
+
+
+def eager_attention(name: str) -> str:
+    """Return the speed of packed attention against dense SDPA."""
+    rows = [row for row in load(name)["rows"] if row["op"] == "attention"]
+    baselines = list(rows[0]["ratios"])
+    body = [
+        [f"{row['queries']}", f"{row['bits']}", *(f"{row['ratios'][b]:.2f}x" for b in baselines)]
+        for row in rows
+    ]
+    head = ["queries", "bits", *(f"against {b}" for b in baselines)]
+    text = "8 query and 2 KV heads of dim 128 over 32,768 tokens. "
+    return _markdown(head, body) + f"\n{text}{_caption(name)}\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
+    "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
+    "eager_scores": lambda: eager_scores("eager_ops_cpu"),
+    "eager_attention": lambda: eager_attention("eager_ops_cpu"),
+}
+
+
+def with_tables(text: str) -> str:
+    """Return text with every table block made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> None:
+    """Rewrite the tables of the README and of docs/benchmarks.md."""
+    for path in (README, README.parent / "docs" / "benchmarks.md"):
+        path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
