@@ -92,22 +92,30 @@ def bits_per_number(settings: dict[str, Any], config: Any, tokens: int) -> float
     return 8 * cache.nbytes / (2 * x.numel())
 
 
-def measure(model: Any, tokenizer: Any, prompt: int, decode: int) -> list[dict[str, Any]]:
-    """Return one row for each cache and version of the model."""
+def measure(
+    model: Any, tokenizer: Any, prompt: int, decode: int, bias_pairs: int
+) -> list[dict[str, Any]]:
+    """Return one row for each cache and version of the model, the model's own cache first."""
     ids = held_out_tokens(tokenizer, prompt + decode).to(model.device)
     prompts = needle_prompts(tokenizer, prompt)
     versions = {
         "as trained": model,
         "outlier channels": with_outlier_channels(model),
-        "key bias": with_key_bias(model),
+        "key bias": with_key_bias(model, pairs=bias_pairs),
     }
     rows = []
     for version, variant in versions.items():
-        reference = decode_logits(variant, ids, prompt, DynamicCache(config=model.config))
-        for name, settings in CACHES.items():
-            make = partial(QuantForgeCache, **settings)
+        own = partial(DynamicCache, config=model.config)
+        reference = decode_logits(variant, ids, prompt, own())
+        makers: dict[str, Any] = {"the model's own": own}
+        makers |= {name: partial(QuantForgeCache, **kwargs) for name, kwargs in CACHES.items()}
+        for name, make in makers.items():
             result = fidelity(variant, ids, prompt, make, reference)
-            bits = [bits_per_number(settings, model.config, n) for n in (prompt + decode, 8192)]
+            kwargs = CACHES.get(name)
+            bits = [
+                16.0 if kwargs is None else bits_per_number(kwargs, model.config, tokens)
+                for tokens in (prompt + decode, 8192)
+            ]
             rows.append(
                 {
                     "model": version,
@@ -136,14 +144,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--bias-pairs", type=int, default=1, help="RoPE pairs with a key bias")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default=None, help="of the result; default kv_fidelity_MODEL")
     args = parser.parse_args()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
-    rows = measure(model, tokenizer, args.prompt, args.decode)
-    settings = {"model_path": args.model.name, "prompt": args.prompt, "decode": args.decode}
+    rows = measure(model, tokenizer, args.prompt, args.decode, args.bias_pairs)
+    settings = {
+        "model_path": args.model.name,
+        "prompt": args.prompt,
+        "decode": args.decode,
+        "bias_pairs": args.bias_pairs,
+    }
     name = args.name or f"kv_fidelity_{args.model.name}"
     print(save(name, args.device, [settings | row for row in rows]))
 

@@ -96,15 +96,15 @@ def compare(model: Any, tokenizer: Any, context: int) -> list[dict[str, Any]]:
     return rows
 
 
-def print_table(rows: list[dict[str, Any]], context: int) -> None:
-    print(f"\n{context} tokens of {TEXT.name}, {NEW_TOKENS} generated")
-    print("cache         KiB   ratio        KL   top-1  agree  needles  seconds")
-    for row in rows:
-        print(
-            f"{row['cache']:9} {row['kib']:7.0f} {rows[0]['kib'] / row['kib']:6.2f}x "
-            f"{row['kl']:9.5f} {row['top1']:7.3f} {row['agree']:3d}/{NEW_TOKENS} "
-            f"{row['needles']:6d}/{len(SECRETS)} {row['seconds']:8.1f}"
-        )
+def table(rows: list[dict[str, Any]], context: int) -> str:
+    head = f"{context} tokens of {TEXT.name}, {NEW_TOKENS} generated\n"
+    head += "cache         KiB   ratio        KL   top-1  agree  needles  seconds\n"
+    return head + "".join(
+        f"{row['cache']:9} {row['kib']:7.0f} {rows[0]['kib'] / row['kib']:6.2f}x "
+        f"{row['kl']:9.5f} {row['top1']:7.3f} {row['agree']:3d}/{NEW_TOKENS} "
+        f"{row['needles']:6d}/{len(SECRETS)} {row['seconds']:8.1f}\n"
+        for row in rows
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -117,7 +117,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.bar([row["cache"] for row in rows], [row["kib"] for row in rows], color="#4477aa")
-    axes.set(ylabel="cache, KiB", title="KV cache: bytes and next-token KL (nats)")
+    axes.set(ylabel="cache, KiB", title="KV cache: KiB and next-token KL (nats)")
     for i, row in enumerate(rows):
         axes.annotate(f"KL {row['kl']:.4f}", (i, row["kib"]), ha="center", va="bottom")
     figure.savefig(path)
@@ -136,12 +136,12 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).to(args.device)
-    context = 1024 if args.small else 3072
-    rows = compare(model, tokenizer, context)
-    print_table(rows, context)
+    rows = compare(model, tokenizer, context := 1024 if args.small else 3072)
+    print("\n" + table(rows, context))
+    (args.output / "demo.txt").write_text(table(rows, context))
     plot(rows, args.output / "demo.svg")
     own, four = rows[:2]
-    assert four["needles"] == own["needles"], "4 bits lost a needle"
+    assert four["needles"] >= own["needles"], "4 bits lost a needle"
     assert four["kl"] < 0.01, f"KL at 4 bits is {four['kl']}"
     assert args.small or four["kib"] < 0.4 * own["kib"], "the 4-bit cache is too large"
 

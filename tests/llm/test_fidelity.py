@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kv_fidelity import MODEL, held_out_tokens, needle_prompts, recalled
-from benchmarks.stress_models import with_key_bias, with_outlier_channels
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from benchmarks.kv_fidelity import MODEL, held_out_tokens, needle_prompts, recalled
+from benchmarks.stress_models import with_key_bias, with_outlier_channels
 from quantforge import QuantForgeCache
 from quantforge.errors import InputError
 from quantforge.llm.fidelity import Fidelity, decode_logits, fidelity

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.helpers import gaussian, spec_of, sphere
 
 from quantforge.numerics.codebook import codebook_of
 from quantforge.numerics.encode import decode, encode, floor_power_of_two, tree_sum
@@ -20,6 +19,7 @@ from quantforge.numerics.lloyd_max import distortion, solve
 from quantforge.numerics.packing import row_bytes, unpack
 from quantforge.numerics.rotation import rotation_matrix
 from quantforge.spec import QuantSpec
+from tests.helpers import gaussian, spec_of, sphere
 
 GOLDEN_FILE = Path(__file__).parents[1] / "golden" / "codes_v1.json"
 BITS = range(1, 9)

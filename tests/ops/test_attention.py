@@ -8,6 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from quantforge.errors import InputError
+from quantforge.ops import attention
+from quantforge.ops.attention import op
+from quantforge.ops.attention.api import Packed
+from quantforge.ops.attention.reference import attention as reference
+from quantforge.spec import QuantSpec
 from tests.helpers import (
     FORMS,
     LAYOUTS,
@@ -24,13 +31,6 @@ from tests.helpers import (
     to_float64,
     to_numpy,
 )
-
-from quantforge.errors import InputError
-from quantforge.ops import attention
-from quantforge.ops.attention import op
-from quantforge.ops.attention.api import Packed
-from quantforge.ops.attention.reference import attention as reference
-from quantforge.spec import QuantSpec
 
 K4, V4 = QuantSpec(64, 4, scale_rule="norm"), QuantSpec(64, 4, scale_rule="mse")
 

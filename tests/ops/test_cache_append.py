@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.helpers import LAYOUTS, Statistic, assert_same_bits, gaussian, statistics_of
 
 from quantforge.errors import InputError
 from quantforge.numerics.encode import Encoded
@@ -14,6 +13,7 @@ from quantforge.ops import cache_append, quantize
 from quantforge.ops.cache_append import op
 from quantforge.ops.cache_append.reference import cache_append as reference
 from quantforge.spec import QuantSpec
+from tests.helpers import LAYOUTS, Statistic, assert_same_bits, gaussian, statistics_of
 
 SPECS = (QuantSpec(64, 4), QuantSpec(96, 3, estimator="prod"), QuantSpec(80, 8))
 CAPACITY = 20

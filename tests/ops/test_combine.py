@@ -5,6 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+from quantforge.errors import InputError
+from quantforge.ops import combine, dequantize
+from quantforge.ops.combine import op
+from quantforge.ops.combine.reference import combine as reference
+from quantforge.spec import QuantSpec
 from tests.helpers import (
     FORMS,
     LAYOUTS,
@@ -19,12 +25,6 @@ from tests.helpers import (
     spec_of,
     to_float64,
 )
-
-from quantforge.errors import InputError
-from quantforge.ops import combine, dequantize
-from quantforge.ops.combine import op
-from quantforge.ops.combine.reference import combine as reference
-from quantforge.spec import QuantSpec
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -5,16 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.helpers import (
-    LAYOUTS,
-    ODD_SIZES,
-    Statistic,
-    assert_close,
-    gaussian,
-    make_store,
-    spec_of,
-    to_float64,
-)
 
 from quantforge.errors import InputError
 from quantforge.numerics.encode import decode
@@ -25,6 +15,16 @@ from quantforge.ops.dequantize import op
 from quantforge.ops.dequantize.reference import dequantize as reference
 from quantforge.ops.transform import butterfly, rotate, unrotate
 from quantforge.spec import QuantSpec, hadamard_base
+from tests.helpers import (
+    LAYOUTS,
+    ODD_SIZES,
+    Statistic,
+    assert_close,
+    gaussian,
+    make_store,
+    spec_of,
+    to_float64,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

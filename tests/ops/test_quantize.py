@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+
+from quantforge.errors import InputError
+from quantforge.numerics.encode import encode
+from quantforge.numerics.packing import pack, row_bytes, unpack
+from quantforge.ops import dequantize, quantize
+from quantforge.ops.quantize import op
+from quantforge.ops.quantize.reference import quantize as reference
+from quantforge.spec import QuantSpec
 from tests.helpers import (
     LAYOUTS,
     Statistic,
@@ -19,14 +27,6 @@ from tests.helpers import (
     to_numpy,
 )
 from tests.numerics.test_encode import golden_input, golden_specs
-
-from quantforge.errors import InputError
-from quantforge.numerics.encode import encode
-from quantforge.numerics.packing import pack, row_bytes, unpack
-from quantforge.ops import dequantize, quantize
-from quantforge.ops.quantize import op
-from quantforge.ops.quantize.reference import quantize as reference
-from quantforge.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+from quantforge.errors import InputError
+from quantforge.ops import scores
+from quantforge.ops.scores import op
+from quantforge.ops.scores.reference import scores as reference
+from quantforge.spec import QuantSpec
 from tests.helpers import (
     FORMS,
     LAYOUTS,
@@ -20,12 +26,6 @@ from tests.helpers import (
     threads,
     to_float64,
 )
-
-from quantforge.errors import InputError
-from quantforge.ops import scores
-from quantforge.ops.scores import op
-from quantforge.ops.scores.reference import scores as reference
-from quantforge.spec import QuantSpec
 
 HALF = (torch.float16, torch.bfloat16)
 
