@@ -83,6 +83,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
     "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
     "eager_scores": lambda: eager_scores("eager_ops_cpu"),
+    "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
     "eager_attention": lambda: eager_attention("eager_ops_cpu"),
 }
 

@@ -151,10 +151,11 @@ def make_store(
     statistic: Statistic = "none",
     device: torch.device = CPU,
     seed: int = 0,
+    magnitude: float = 1.0,
 ) -> Store:
     """Return a store of random vectors, `shape` without the last axis."""
     shift, equalizer = statistics_of(statistic, shape[:-1], spec.dim, seed + 100)
-    x = gaussian(*shape, spec.dim, seed=seed)
+    x = np.float32(magnitude) * gaussian(*shape, spec.dim, seed=seed)
     if equalizer is not None and shift is not None:
         x = x * equalizer + shift
     if x.size:
@@ -274,7 +275,9 @@ def peak_extra_bytes(run: Callable[[], torch.Tensor], device: torch.device) -> i
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as trace:
             result = run()
         held = peak = 0
         for event in trace.profiler.kineto_results.events():

@@ -149,11 +149,22 @@ BACKENDS: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple]] = {
 # ---- tests -----------------------------------------------------------------------------------
 
 
+def one_unit_off(x: torch.Tensor) -> list[torch.Tensor]:
+    """Return x with each number moved by one unit in the last place, up or down, three times.
+
+    A product with a single result may be exact by luck; its neighbours are not all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = [torch.rand(x.shape, generator=generator) - 0.5 for _ in range(3)]
+    return [x.nextafter(sign * torch.inf) for sign in signs]
+
+
 def assert_compute(f: Callable, t: QuantTensor, store: Store, run: Callable) -> None:
     """Assert that f of the packed tensor is f of the decoded one, within rounding."""
     exact = f(torch.from_numpy(store.exact), partial(normal, torch.float64, "cpu")).numpy()
     dense = partial(normal, torch.float32, "cpu")
-    naive = [f(x, dense) for x in (store.naive, tensor_of(store).dequantize().cpu())]
+    decoded = tensor_of(store).dequantize().cpu()
+    naive = [f(x, dense) for x in (store.naive, decoded, *one_unit_off(decoded))]
     with run():
         actual = f(t, partial(normal, torch.float32, t.device))
     assert type(actual) is torch.Tensor

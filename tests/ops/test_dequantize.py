@@ -39,7 +39,9 @@ def test_oracle_by_hand() -> None:
     rotated = 2.0 * centroid * np.array([1.0, -1.0])
     expected = signs * (np.array([[1, 1], [1, -1]]) @ rotated) / np.sqrt(2)
     # the density of dim 4 ends like a square root: quadrature has the centroid to 1e-6
-    np.testing.assert_allclose(reference(store.encoded, store.spec)[0], expected, rtol=2e-6)
+    np.testing.assert_allclose(
+        reference(store.encoded, store.spec)[0], expected, rtol=2e-6, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("estimator", ["mse", "prod"])
@@ -66,6 +68,13 @@ def test_large_dims(dim: int, estimator: str, device: torch.device) -> None:
 def test_codebooks(codebook: str, device: torch.device) -> None:
     store = make_store(QuantSpec(128, 4, codebook=codebook), 50, device=device)  # type: ignore[arg-type]
     assert_close(dequantize(store.packed, store.scales, store.spec), [store.naive], store.exact)
+
+
+@pytest.mark.parametrize("estimator", ["mse", "prod"])
+def test_scales_beyond_fp16(estimator: str, device: torch.device) -> None:
+    spec = QuantSpec(64, 4, estimator=estimator, scale_dtype="float32")  # type: ignore[arg-type]
+    store = make_store(spec, 40, device=device, magnitude=1e6)
+    assert_close(dequantize(store.packed, store.scales, spec), [store.naive], store.exact)
 
 
 @pytest.mark.parametrize("statistic", ["none", "shared", "per_head"])

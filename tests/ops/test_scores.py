@@ -92,6 +92,13 @@ def test_leading_axes_broadcast(
     _check(_query(*query_lead, 4, 64, device=device), store)
 
 
+@pytest.mark.parametrize("estimator", ["mse", "prod"])
+def test_scales_beyond_fp16(estimator: str, device: torch.device) -> None:
+    spec = QuantSpec(64, 4, estimator=estimator, scale_dtype="float32")  # type: ignore[arg-type]
+    store = make_store(spec, 40, device=device, magnitude=1e6)
+    _check(_query(3, 64, device=device), store)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("poison")

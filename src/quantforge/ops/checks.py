@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from quantforge.errors import InputError
 from quantforge.numerics.packing import packed_width
@@ -12,7 +13,8 @@ from quantforge.spec import QuantSpec
 
 def has_values(t: torch.Tensor) -> bool:
     """Return whether t can be looked at: not while tracing, and not a fake or meta tensor."""
-    return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
+    symbolic = isinstance(t, FakeTensor | FunctionalTensor)
+    return not (torch.compiler.is_compiling() or t.is_meta or symbolic)
 
 
 def check_floating(name: str, x: torch.Tensor) -> None:
