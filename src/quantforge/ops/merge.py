@@ -62,7 +62,10 @@ def _flash_cpu(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    return op(query, key, value, attn_mask=mask, scale=scale)
+    out, lse = op(query, key, value, attn_mask=mask, scale=scale)
+    if mask is not None:  # the kernel says 0 where every key is masked
+        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+    return out, lse
 
 
 def _matmul_softmax(
