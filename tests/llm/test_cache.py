@@ -278,6 +278,22 @@ def test_another_batch_is_refused_and_nothing_is_lost() -> None:
     assert torch.equal(cache.layers[0].keys.dequantize(), before)
 
 
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [((3, 2, 1, 32), (3, 2, 1, 16)), ((3, 2, 1, 32), (3, 2, 2, 32)), ((3, 1, 32), (3, 1, 32))],
+)
+def test_keys_and_values_that_do_not_fit_change_nothing(
+    keys: tuple[int, ...], values: tuple[int, ...]
+) -> None:
+    cache, _ = filled()
+    before = [cache.layers[0].keys.dequantize(), cache.layers[0].values.dequantize()]
+    with pytest.raises(InputError):
+        cache.update(torch.randn(keys), torch.randn(values), 0)
+    assert cache.get_seq_length() == 60
+    assert torch.equal(cache.layers[0].keys.dequantize(), before[0])
+    assert torch.equal(cache.layers[0].values.dequantize(), before[1])
+
+
 def test_mask_sizes_and_lengths() -> None:
     cache, _ = filled()
     assert cache.get_mask_sizes(5, 0) == (65, 0)

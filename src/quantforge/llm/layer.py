@@ -49,10 +49,18 @@ class QuantForgeLayer(CacheLayerMixin):
             nothing is packed) that include the new tokens exactly.
 
         Raises:
-            InputError: if batch, heads or dim differ from what the layer holds.
+            InputError: if keys and values do not fit each other or what the layer holds; the
+                layer is then unchanged.
         """
+        if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
+            raise InputError(
+                "keys and values must be (batch, heads, tokens, dim) with the same batch, heads and "
+                f"tokens; got {tuple(key_states.shape)} and {tuple(value_states.shape)}"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._keys.check(key_states)  # both before either is appended
+        self._values.check(value_states)
         first = self.get_seq_length() == 0
         # buffers outlive this call: tensors made in inference mode could not be updated outside
         with torch.inference_mode(False), torch.no_grad():

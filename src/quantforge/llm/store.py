@@ -61,9 +61,8 @@ class Store:
     def append(self, x: torch.Tensor) -> torch.Tensor | SegmentedTensor:
         """Append x (B, Hkv, q, dim), return all rows, then pack what has left the window.
 
-        The rows returned hold x exactly, also where it is packed by now.
+        The rows returned hold x exactly, also where it is packed by now. `check` comes first.
         """
-        self._check(x)
         dense = self._append_dense(x)
         rows = self._view_of(dense)
         pages = (self._recent - self.options.window) // self.options.page_size
@@ -73,13 +72,14 @@ class Store:
             self.dense = self._with_room(dense, self.n_dense)
         return rows
 
-    def _check(self, x: torch.Tensor) -> None:
+    def check(self, x: torch.Tensor) -> None:
+        """Raise `InputError` unless x can be appended."""
         if self.dense is None:
             return
-        held = self.dense.shape
-        if x.ndim != 4 or x.shape[:2] != held[:2] or x.shape[3] != held[3]:
+        batch, heads, _, dim = self.dense.shape
+        if x.ndim != 4 or (*x.shape[:2], x.shape[3]) != (batch, heads, dim):
             raise InputError(
-                f"this cache holds (batch, heads, tokens, dim) = {tuple(held)} and cannot take "
+                f"this cache holds batch {batch}, {heads} heads and dim {dim}, and cannot take "
                 f"{tuple(x.shape)}; use a new cache, or cache.reset(), for another batch"
             )
 
