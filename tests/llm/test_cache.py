@@ -270,6 +270,21 @@ def test_reset_and_deepcopy() -> None:
     assert torch.equal(cache.layers[0].keys.dequantize(), before)
 
 
+def test_offload_and_prefetch_move_everything(device: torch.device) -> None:
+    cache = QuantForgeCache(**SETTINGS)
+    x = torch.randn(1, 2, 60, 32, device=device)
+    cache.update(x, x, 0)
+    before = cache.layers[0].keys.dequantize().cpu()
+    cache.layers[0].offload()
+    assert cache.layers[0].keys.dense.device.type == "cpu"
+    assert cache.layers[0].keys.packed.device.type == "cpu"
+    cache.layers[0].prefetch()
+    assert cache.layers[0].keys.packed.device.type == device.type
+    assert torch.equal(cache.layers[0].keys.dequantize().cpu(), before)
+    cache.update(x[:, :, :1], x[:, :, :1], 0)
+    assert cache.get_seq_length() == 61
+
+
 def test_another_batch_is_refused_and_nothing_is_lost() -> None:
     cache, _ = filled()
     before = cache.layers[0].keys.dequantize()

@@ -54,8 +54,8 @@ class QuantForgeLayer(CacheLayerMixin):
         """
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
             raise InputError(
-                "keys and values must be (batch, heads, tokens, dim) with the same batch, heads and "
-                f"tokens; got {tuple(key_states.shape)} and {tuple(value_states.shape)}"
+                "keys and values must be (batch, heads, tokens, dim), alike but for dim; got "
+                f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
