@@ -159,7 +159,6 @@ def test_nothing_is_decoded_or_repeated_in_the_graph(n_rep: int, dynamic: bool) 
 
 
 # the public function checks its arguments, and Dynamo traces through their caches: harmless
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_reading_what_the_graph_has_just_written(backend: str) -> None:
     """A cache step: append to the buffers, then build a new tensor over them (pytorch #114415)."""

@@ -73,18 +73,20 @@ def planes(dim: int, bits: int) -> tuple[Plane, ...]:
     """Return the planes of a row of `dim` codes of `bits` bits."""
     result, shift, offset = [], 0, 0
     for width in _FIELD_WIDTHS[bits]:
-        stride = -(-dim * width // 8)
-        result.append(Plane(width, shift, offset, stride))
+        result.append(Plane(width, shift, offset, stride=-(-dim * width // 8)))
         shift += width
-        offset += -(-stride // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
+        offset += _plane_bytes(dim, width)
     return tuple(result)
 
 
-@lru_cache(maxsize=1024)
+def _plane_bytes(dim: int, width: int) -> int:
+    stride = -(-dim * width // 8)
+    return -(-stride // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
+
+
 def row_bytes(dim: int, bits: int) -> int:
     """Return the bytes of one packed row."""
-    last = planes(dim, bits)[-1]
-    return last.offset + -(-last.stride // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
+    return sum([_plane_bytes(dim, width) for width in _FIELD_WIDTHS[bits]])
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -112,7 +114,6 @@ def unpack(rows: NDArray[np.uint8], dim: int, bits: int) -> NDArray[np.uint8]:
     return codes
 
 
-@lru_cache(maxsize=1024)
 def packed_width(spec: QuantSpec) -> int:
     """Return the bytes of one packed row of a spec, the QJL sign plane included."""
     width = row_bytes(spec.dim, spec.code_bits)

@@ -49,7 +49,7 @@ def _reciprocal(x: torch.Tensor) -> torch.Tensor:
 def nearest(u: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Return the number of boundaries below each u, uint8: the code of the nearest centroid.
 
-    A binary search costs 23 ns a number on CPU at 4 bits, a lookup by uniform cell 1.7 ns, with
+    A binary search costs 17 ns a number on CPU at 4 bits, a lookup by uniform cell about 2 ns, with
     the same result: cells are monotone in u, and the one boundary inside is compared.
     """
     if u.device.type != "cpu":
