@@ -404,6 +404,27 @@ def save_and_die(path: Path, size: int, moment: int) -> int:
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
+def test_a_failure_behind_the_switch_keeps_the_new_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index is replaced, then the folder's sync fails: what the index names must stay."""
+    path = tmp_path / "m.safetensors"
+    index = tmp_path / "m.safetensors.index.json"
+    new = {f"x{i}": torch.full((100,), float(i)) for i in range(4)}
+    sync = quantforge.io.atomic.sync_folder
+
+    def fail_once_switched(folder: Path) -> None:
+        if index.exists():
+            raise KeyboardInterrupt
+        sync(folder)
+
+    monkeypatch.setattr(quantforge.io.atomic, "sync_folder", fail_once_switched)
+    with pytest.raises(KeyboardInterrupt):
+        quantforge.save_file(new, path, max_shard_size=400)
+    loaded = quantforge.load_file(path)
+    assert all(torch.equal(loaded[name], value) for name, value in new.items())
+
+
 @pytest.mark.parametrize(
     ("old_size", "new_size", "moments"),
     [(0, 0, (1, 2, 3)), (0, 400, (7, 8, 9, 10)), (400, 0, (2, 3, 4, 6))],

@@ -133,7 +133,7 @@ def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> N
 
 
 def stale_shards(path: Path) -> list[Path]:
-    """Return the shards of the set that is at `path` now, to be removed once it is replaced."""
+    """Return the shards that the index at `path` names now: stale once it is replaced."""
     try:
         return [path.parent / name for name in read_index(index_path(path)).files]
     except (FormatError, FileNotFoundError):

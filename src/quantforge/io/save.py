@@ -103,6 +103,7 @@ def _write_shards(
         stale = [*stale_shards(path), path]
         write_index(index_path(path), weight_map, total)
     except BaseException:
-        remove(files)
+        named = stale_shards(path)  # the new files, if the index was switched before the failure
+        remove(file for file in files if file not in named)
         raise
     remove(stale)
