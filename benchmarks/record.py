@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -20,16 +23,21 @@ import quantforge
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Return hardware, versions, commit and date of a measurement."""
+def environment(device: str, commit: str | None = None) -> dict[str, Any]:
+    """Return hardware, versions, commit and date of a measurement.
+
+    `commit` says what git cannot: a copy of the working tree has no history.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "triton": importlib.metadata.version("triton") if has_triton else None,
         "quantforge": quantforge.__version__,
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -59,6 +67,31 @@ def save(name: str, device: str, rows: list[dict[str, Any]], folder: Path = RESU
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """Read what `save` wrote."""
     return json.loads((folder / f"{name}.json").read_text())
+
+
+def slug(device: str) -> str:
+    """Return a short name of the device for file names: "h200", "cpu"."""
+    if device != "cuda":
+        return device
+    words = torch.cuda.get_device_name().lower().removeprefix("nvidia ").split()
+    return re.sub(r"[^a-z0-9]+", "-", words[0]).strip("-")
+
+
+def put_row(path: Path, row: dict[str, Any]) -> None:
+    """Write a row into a file of JSON lines, in the place of an older row of the same case.
+
+    Rows are written as they are measured: what a run that breaks off has measured is kept, and
+    each row has the environment of its own run.
+    """
+    rows = {kept["case"]: kept for kept in read_rows(path)} if path.exists() else {}
+    rows[row["case"]] = row
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(kept) + "\n" for kept in rows.values()))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read what `put_row` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def median_ms(f: Callable[[], Any], device: str, repeats: int = 15) -> float:

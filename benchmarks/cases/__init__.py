@@ -1,0 +1,1 @@
+"""The cases of each operator; `benchmarks.registry` collects them."""
