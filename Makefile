@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-gpu lint format bench clean
+.PHONY: demo test test-gpu lint format bench bench-gpu clean
 
 # torch first and alone: an unpinned torch would pull gigabytes of CUDA
 $(READY): pyproject.toml constraints.txt
@@ -34,7 +34,15 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.eager_ops
+	$(BIN)/python -m benchmarks.kv_fidelity
+	$(BIN)/python -m benchmarks.tables
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m benchmarks.run --device cuda
+	PYTHONPATH=src $(PYTHON) -m benchmarks.decode_step --device cuda --seconds 7200
+	PYTHONPATH=src $(PYTHON) -m benchmarks.plots
+	PYTHONPATH=src $(PYTHON) -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

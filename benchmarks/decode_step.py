@@ -103,7 +103,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-backend", default="inductor", help="of the static cache")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="where the working tree has no git history")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.small and args.output == RESULTS:
+        parser.error(
+            "a small model is for tests and does not belong among the results: --output DIR"
+        )
+    return args
 
 
 def make_step(model: Any, cache: Any, batch: int, backend: str | None) -> Step:
@@ -203,6 +208,7 @@ class Runner:
             "case": case.name,
             "cache": case.cache,
             "context": case.tokens,
+            "batch": "max" if case.batch is None else case.batch,
             "compiled": case.compiled,
         }
         tried: list[int] = []

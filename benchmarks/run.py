@@ -49,6 +49,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if unknown := sorted(set(args.ops) - set(OPS)):
         parser.error(f"unknown operators {', '.join(unknown)}; known are {', '.join(OPS)}")
     args.size = args.size or args.device
+    if args.size == "small" and args.output == RESULTS:
+        parser.error("small shapes are for tests and do not belong among the results: --output DIR")
     args.repetitions = min(args.repetitions, 10) if args.quick else args.repetitions
     return args
 
@@ -96,7 +98,7 @@ def run_op(op: str, args: argparse.Namespace) -> bool:
         except WrongResultError as error:
             print(f"{error}: nothing more is measured", flush=True)
             return False
-        put_row(path, row | {"environment": where})
+        put_row(path, row | {"tested": not args.no_tests, "environment": where})
         print(describe(row), flush=True)
     release(device)
     print(f"{path}, {time.perf_counter() - start:.0f} s", flush=True)

@@ -1,4 +1,4 @@
-"""The tables of the README, made from `benchmarks/results/`.
+"""The tables of README and docs, made from `benchmarks/results/`.
 
 python -m benchmarks.tables        rewrites what stands between `<!-- table: NAME -->` marks
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from benchmarks.op_tables import decode_step_table, markdown, op_table, plots
 from benchmarks.record import load
+from benchmarks.registry import OPS
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,11 +26,6 @@ def _caption(name: str) -> str:
         f"{where['torch']}, transformers {where['transformers']}, {where['date']}; "
         f"`benchmarks/results/{name}.json`."
     )
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def kv_fidelity(name: str) -> str:
@@ -46,7 +44,7 @@ def kv_fidelity(name: str) -> str:
     head = ["KL (nats) / top-1 / needles", *versions, "bits per number at 8k"]
     settings = found[0]
     what = f"Decode of {settings['decode']} tokens after {settings['prompt']}. "
-    return _markdown(head, rows) + "\n" + what + _caption(name) + "\n"
+    return markdown(head, rows) + "\n" + what + _caption(name) + "\n"
 
 
 def eager_scores(name: str) -> str:
@@ -63,7 +61,7 @@ def eager_scores(name: str) -> str:
         for row in rows
     ]
     head = ["dim", "queries", "bits", "against fp32 matmul", "against bf16 matmul"]
-    return _markdown(head, body) + f"\n{rows[0]['n']:,} vectors. {_caption(name)}\n"
+    return markdown(head, body) + f"\n{rows[0]['n']:,} vectors. {_caption(name)}\n"
 
 
 def eager_attention(name: str) -> str:
@@ -76,7 +74,7 @@ def eager_attention(name: str) -> str:
     ]
     head = ["queries", "bits", *(f"against {b}" for b in baselines)]
     text = "8 query and 2 KV heads of dim 128 over 32,768 tokens. "
-    return _markdown(head, body) + f"\n{text}{_caption(name)}\n"
+    return markdown(head, body) + f"\n{text}{_caption(name)}\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -85,6 +83,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "eager_scores": lambda: eager_scores("eager_ops_cpu"),
     "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
     "eager_attention": lambda: eager_attention("eager_ops_cpu"),
+    **{op: partial(op_table, op) for op in OPS},
+    "decode_step": decode_step_table,
+    "decode_attention_plot": plots,
 }
 
 
