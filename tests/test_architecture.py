@@ -15,7 +15,7 @@ import torch
 
 import quantforge
 from quantforge import ops
-from quantforge.ops._library import DEVICES, NAMESPACE
+from quantforge.ops._library import DEVICES, FAST_BACKENDS, NAMESPACE
 
 PACKAGE = Path(quantforge.__file__).parent
 MAX_LINES = 400
@@ -27,6 +27,7 @@ LAYERS = (
     ("errors",),
     ("spec",),
     ("config", "numerics"),
+    ("native",),
     ("ops",),
     ("dispatch", "tensor"),
     ("arrays", "io", "pipeline", "quantizer"),
@@ -139,7 +140,8 @@ def test_ops_share_helpers_and_not_each_other(folder: Path) -> None:
             owner = ".".join(module.split(".")[:3])
             assert module != "quantforge.ops", f"{path.name} imports quantforge.ops itself"
             if owner in siblings:
-                assert path.stem in ("eager", "reference"), f"{path} imports {module}"
+                stems = ("eager", "reference", *FAST_BACKENDS.values())
+                assert path.stem in stems, f"{path} imports {module}"
                 assert module.split(".")[-1] == path.stem, f"{path} imports {module}"
 
 

@@ -41,4 +41,5 @@ attention = register(
     "-> (Tensor, Tensor)",
     fake=fake,
     eager=eager.attention,
+    fast=("triton", "native"),
 )

@@ -25,4 +25,5 @@ cache_append = register(
     "Tensor? shift, Tensor? equalizer, str spec) -> ()",
     fake=fake,
     eager=eager.cache_append,
+    fast=("triton", "native"),
 )

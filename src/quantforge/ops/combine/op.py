@@ -26,4 +26,5 @@ combine = register(
     "str spec) -> Tensor",
     fake=fake,
     eager=eager.combine,
+    fast=("triton", "native"),
 )

@@ -27,4 +27,5 @@ dequantize = register(
     "ScalarType dtype) -> Tensor",
     fake=fake,
     eager=eager.dequantize,
+    fast=("triton", "native"),
 )

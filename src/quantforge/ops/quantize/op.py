@@ -24,4 +24,5 @@ quantize = register(
     "quantize(Tensor x, Tensor? shift, Tensor? equalizer, str spec) -> (Tensor, Tensor)",
     fake=fake,
     eager=eager.quantize,
+    fast=("triton", "native"),
 )

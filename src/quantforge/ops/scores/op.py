@@ -25,4 +25,5 @@ scores = register(
     "str spec) -> Tensor",
     fake=fake,
     eager=eager.scores,
+    fast=("triton", "native"),
 )

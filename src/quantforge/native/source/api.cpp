@@ -1,0 +1,394 @@
+// The C interface: chooses the level, lays out what kernels share, and cuts work among threads.
+//
+// Functions return 0, or 1 where memory ran out; arguments are checked by their Python callers.
+
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+#if defined(__x86_64__)
+constexpr bool X86 = true;
+#else
+constexpr bool X86 = false;
+#endif
+
+const Kernels *kernels_of(int level) {
+#if defined(__x86_64__)
+    if (level == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+        && __builtin_cpu_supports("f16c"))
+        return &avx2_kernels;
+    if (level == 2 && kernels_of(1) && __builtin_cpu_supports("avx512f")
+        && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return &avx512_kernels;
+#endif
+    return level == 0 ? &portable_kernels : nullptr;
+}
+
+const Kernels *best() {
+    for (int level = 2; level > 0; level--)
+        if (const Kernels *found = kernels_of(level)) return found;
+    return &portable_kernels;
+}
+
+const Kernels *chosen = nullptr;
+
+const Kernels &kernels() {
+    if (!chosen) chosen = best();
+    return *chosen;
+}
+
+// A Layout that owns the arrays it points to.
+struct OwnedLayout : Layout {
+    std::vector<int32_t> fields;
+
+    explicit OwnedLayout(const Code &code) {
+        static const int WIDTHS[9][3] = {{}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
+        dim = code.dim;
+        bits = code.bits;
+        planes = 0;
+        int shift = 0, offset = 0;
+        for (const int width : WIDTHS[bits]) {
+            if (!width) break;
+            const int stride = (int)(((int64_t)dim * width + 7) / 8);
+            plane[planes++] = {width, shift, offset, stride};
+            shift += width;
+            offset += (stride + 3) / 4 * 4;
+        }
+        dwords = offset / 4;
+        dword = rotation = nullptr;
+        if (planes == 1) return;
+        fields.resize(2 * (size_t)planes * dim);
+        for (int p = 0; p < planes; p++) {
+            for (int c = 0; c < dim; c++) {
+                const int byte = plane[p].offset + c % plane[p].stride;
+                const int bit = 8 * (byte % 4) + plane[p].width * (c / plane[p].stride);
+                fields[p * dim + c] = byte / 4;
+                fields[(planes + p) * dim + c] = (bit - plane[p].shift) & 31;
+            }
+        }
+        dword = fields.data();
+        rotation = fields.data() + planes * dim;
+    }
+};
+
+template <class Args> struct Call {
+    void (*kernel)(const Args *, int64_t, int64_t, void *);
+    const Args *args;
+    size_t scratch;
+    std::atomic<bool> failed{false};
+};
+
+// Run a kernel on [0, count) in parts worth about `grain` each.
+template <class Args>
+void run(void (*kernel)(const Args *, int64_t, int64_t, void *), const Args &args, size_t scratch,
+         int64_t count, int64_t grain, int threads) {
+    Call<Args> call{kernel, &args, scratch};
+    const auto work = [](int64_t begin, int64_t end, void *context) {
+        auto &c = *(Call<Args> *)context;
+        void *memory = thread_scratch(c.scratch);
+        if (memory) c.kernel(c.args, begin, end, memory);
+        else c.failed = true;  // a thread of the pool must not throw
+    };
+    parallel_for(count, std::max<int64_t>(grain, 1), threads, work, &call);
+    if (call.failed) throw std::bad_alloc();
+}
+
+// Tiles worth waking a thread for: about 50 us of work, and at most four parts a thread.
+int64_t grain_of(int64_t tiles, int64_t work_per_tile, int threads) {
+    const int64_t least = (1 << 18) / std::max<int64_t>(work_per_tile, 1);
+    return std::max({(int64_t)1, least, tiles / (4 * std::max(threads, 1))});
+}
+
+// Cut n keys of `tasks` tasks so that every thread has one; in whole tiles.
+void split(int64_t n, int64_t tile, int64_t tasks, int64_t least, int threads, int64_t &splits,
+           int64_t &step) {
+    const int64_t wanted = std::max<int64_t>(1, (threads + tasks - 1) / std::max<int64_t>(tasks, 1));
+    const int64_t possible = std::max<int64_t>(1, n / std::max(least, tile));
+    const int64_t parts = threads > 1 ? std::min(wanted, possible) : 1;
+    step = (n + parts - 1) / parts;
+    step = std::max<int64_t>(tile, (step + tile - 1) / tile * tile);
+    splits = std::max<int64_t>(1, (n + step - 1) / step);
+}
+
+// Bring queries (count, dim) into parts of `most`, each (dim, queries of the part).
+void pack_queries(const float *query, int64_t count, int64_t dim, int64_t most, float *out) {
+    for (int64_t q = 0; q < count; q += most) {
+        const int64_t part = std::min(most, count - q);
+        float *to = out + q * dim;
+        for (int64_t i = 0; i < part; i++)
+            for (int64_t c = 0; c < dim; c++) to[c * part + i] = query[(q + i) * dim + c];
+    }
+}
+
+struct ByteQuery {
+    std::vector<int32_t> words;
+    std::vector<float> unit;
+    std::vector<int32_t> correction;
+};
+
+// Round queries to integers and pack them as byte_scores.h reads them.
+void pack_bytes(const float *query, int64_t groups, int64_t count, const Layout &layout,
+                const Kernels &k, ByteQuery &out) {
+    const Plane &plane = layout.plane[0];
+    const int64_t fields = 8 / plane.width, dwords = (plane.stride + 3) / 4;
+    const int64_t steps = dwords * fields, dim = layout.dim;
+    out.words.assign((size_t)(groups * count * steps * k.query_words), 0);
+    out.unit.resize((size_t)(groups * count));
+    out.correction.assign((size_t)(groups * count), 0);
+    const int64_t limit = ((int64_t)1 << 31) / ((127 + k.byte_offset) * (dim + 4)) - 1;
+    const float most = (float)std::min<int64_t>(k.max_query, limit);
+    for (int64_t row = 0; row < groups * count; row++) {
+        const float *x = query + row * dim;
+        float peak = 0;
+        bool finite = true;
+        for (int64_t c = 0; c < dim; c++) {
+            finite = finite && std::isfinite(x[c]);
+            peak = std::max(peak, std::fabs(x[c]));
+        }
+        out.unit[row] = finite ? peak / most : NAN;
+        if (!finite || peak == 0) continue;
+        const int64_t q = row % count, part = q / k.byte_queries * k.byte_queries;
+        const int64_t width = std::min<int64_t>(k.byte_queries, count - part);
+        int32_t *to = out.words.data() + (row - q + part) * steps * k.query_words;
+        int64_t sum = 0;
+        for (int64_t m = 0; m < steps; m++) {
+            int32_t value[4] = {};
+            for (int b = 0; b < 4; b++) {
+                const int64_t byte = m / fields * 4 + b;
+                const int64_t channel = byte + m % fields * plane.stride;
+                if (byte < plane.stride && channel < dim)
+                    value[b] = (int32_t)std::nearbyint(x[channel] / peak * most);
+                sum += value[b];
+            }
+            int32_t *word = to + (m * width + q - part) * k.query_words;
+            if (k.query_words == 1) {
+                const int8_t bytes[4] = {(int8_t)value[0], (int8_t)value[1], (int8_t)value[2],
+                                         (int8_t)value[3]};
+                memcpy(word, bytes, 4);
+            } else {
+                const int16_t pairs[4] = {(int16_t)value[0], (int16_t)value[2], (int16_t)value[1],
+                                          (int16_t)value[3]};
+                memcpy(word, pairs, 8);
+            }
+        }
+        out.correction[row] = (int32_t)(-k.byte_offset * sum);
+    }
+}
+
+template <class Body> int guarded(const Body &body) {
+    try {
+        body();
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace
+
+API const char *qf_source(void) { return QF_SOURCE; }
+
+// What the int8 centroids of the chosen level are stored with added to them.
+API int qf_byte_offset(void) { return kernels().byte_offset; }
+
+// Bit i: level i (portable, avx2, avx512) runs on this processor.
+API int qf_levels(void) {
+    int result = 1;
+    for (int level = 1; X86 && level < 3; level++) result |= (kernels_of(level) != nullptr) << level;
+    return result;
+}
+
+// Use a level (-1: the best) for all later calls; returns 1 where the processor lacks it.
+API int qf_set_level(int level) {
+    const Kernels *found = level < 0 ? best() : kernels_of(level);
+    if (found) chosen = found;
+    return found == nullptr;
+}
+
+API int qf_quantize(const Code *code, int64_t groups, int64_t n, const Rows *x, int dtype,
+                    const float *shift, const int64_t *shift_offsets, const float *inverse,
+                    const int64_t *inverse_offsets, const Packed *out, int threads) {
+    return guarded([&] {
+        const OwnedLayout layout(*code);
+        float levels[8 * 128] = {};
+        for (int depth = 0; depth < code->bits; depth++) {
+            const int candidates = 1 << depth, step = 1 << (code->bits - depth);
+            for (int i = 0; i < std::max(candidates, 16); i++)
+                levels[128 * depth + i] =
+                    code->boundaries[(i % candidates) * step + step / 2 - 1];
+        }
+        const QuantizeArgs args{code, &layout, n, *x, dtype, shift, shift_offsets, inverse,
+                                inverse_offsets, levels, out->rows, out->scales};
+        const Kernels &k = kernels();
+        const int64_t tiles = groups * ((n + k.lanes - 1) / k.lanes);
+        run(k.quantize, args, k.quantize_scratch(&layout), tiles,
+            grain_of(tiles, (int64_t)code->dim * k.lanes * 4, threads), threads);
+    });
+}
+
+API int qf_dequantize(const Packed *packed, int64_t groups, int64_t n, const float *shift,
+                      const int64_t *shift_offsets, const float *equalizer,
+                      const int64_t *equalizer_offsets, const Rows *out, int dtype, int threads) {
+    return guarded([&] {
+        const OwnedLayout layout(*packed->code);
+        const DequantizeArgs args{&layout, n, *packed, shift, shift_offsets, equalizer,
+                                  equalizer_offsets, *out, dtype};
+        const Kernels &k = kernels();
+        const int64_t tiles = groups * ((n + k.lanes - 1) / k.lanes);
+        run(k.dequantize, args, k.dequantize_scratch(&layout), tiles,
+            grain_of(tiles, (int64_t)layout.dim * k.lanes * 2, threads), threads);
+    });
+}
+
+API int qf_rotate(const Code *code, int64_t n, const float *x, float *out, int inverse,
+                  int threads) {
+    return guarded([&] {
+        const RotateArgs args{code, n, x, out, inverse};
+        const Kernels &k = kernels();
+        const int64_t tiles = (n + k.lanes - 1) / k.lanes;
+        run(k.rotate, args, k.rotate_scratch(code->dim), tiles,
+            grain_of(tiles, (int64_t)code->dim * k.lanes * 2, threads), threads);
+    });
+}
+
+API int qf_scores(const Packed *packed, int64_t groups, int64_t queries, int64_t n,
+                  const float *query, const float *offset, const Rows *out, int accumulate,
+                  int fast, int threads) {
+    return guarded([&] {
+        const OwnedLayout layout(*packed->code);
+        const Kernels &k = kernels();
+        ScoresArgs args{};
+        args.layout = &layout;
+        args.n = n;
+        args.queries = queries;
+        args.packed = *packed;
+        args.offset = offset;
+        args.out = *out;
+        args.accumulate = accumulate;
+        args.wide = queries > 2 ? 2 : 1;
+        std::vector<float> blocks;
+        ByteQuery bytes;
+        if (fast) {
+            pack_bytes(query, groups, queries, layout, k, bytes);
+            args.byte_query = bytes.words.data();
+            args.query_unit = bytes.unit.data();
+            args.correction = bytes.correction.data();
+        } else {
+            const int64_t size = queries * layout.dim;
+            blocks.resize((size_t)(groups * size));
+            for (int64_t g = 0; g < groups; g++)
+                pack_queries(query + g * size, queries, layout.dim, k.max_accumulators / args.wide,
+                             blocks.data() + g * size);
+            args.query = blocks.data();
+        }
+        const int64_t rows = k.lanes * (fast ? k.byte_wide : args.wide);
+        const int64_t tiles = groups * ((n + rows - 1) / rows);
+        const int64_t work = rows * layout.dim * (queries + 1) / (fast ? 4 : 1);
+        run(fast ? k.byte_scores : k.scores, args,
+            fast ? k.byte_scratch(&layout) : k.scores_scratch(&layout), tiles,
+            grain_of(tiles, work, threads), threads);
+    });
+}
+
+API int qf_combine(const Packed *packed, int64_t groups, int64_t queries, int64_t n,
+                   const Rows *weights, float *out, int threads) {
+    return guarded([&] {
+        const OwnedLayout layout(*packed->code);
+        const Kernels &k = kernels();
+        const int64_t parts = (queries + COMBINE_ROWS - 1) / COMBINE_ROWS;
+        const int64_t size = groups * queries * layout.dim;
+        CombineArgs args{&layout, n, queries, *packed, *weights, 1, 1, out, groups};
+        split(n, WIDE * k.lanes, groups * parts, 2048, threads, args.splits, args.step);
+        std::vector<float> partial;
+        if (args.splits > 1) {
+            partial.resize((size_t)(args.splits * size));
+            args.partial = partial.data();
+        }
+        const int64_t tasks = args.splits * groups * parts;
+        const int64_t work = std::min(n, args.step) * layout.dim * (queries + 1);
+        run(k.combine, args, k.combine_scratch(&layout), tasks, grain_of(tasks, work, threads),
+            threads);
+        if (args.splits == 1) return;
+        std::copy_n(args.partial, size, out);
+        for (int64_t s = 1; s < args.splits; s++)
+            for (int64_t i = 0; i < size; i++) out[i] += args.partial[s * size + i];
+    });
+}
+
+API int qf_attention(const Packed *key, const Packed *value, const int64_t *sizes,
+                     const float *query, const void *mask, int mask_is_bool,
+                     const int64_t *mask_strides, int is_causal, float scale, float *out,
+                     float *lse, int threads) {
+    return guarded([&] {
+        const OwnedLayout k_layout(*key->code), v_layout(*value->code);
+        const Kernels &k = kernels();
+        AttentionArgs args{};
+        args.k_layout = &k_layout;
+        args.v_layout = &v_layout;
+        args.groups = sizes[0] * sizes[1];
+        args.kv_heads = sizes[1];
+        args.q_per_kv = sizes[2];
+        args.length = sizes[3];
+        args.n = sizes[4];
+        args.key = *key;
+        args.value = *value;
+        args.mask = (const uint8_t *)mask;
+        args.mask_is_bool = mask_is_bool;
+        if (mask) std::copy_n(mask_strides, 3, args.mask_strides);
+        args.is_causal = is_causal;
+        args.scale = scale;
+
+        const int64_t rows = args.q_per_kv * args.length, all = args.groups * rows;
+        const int64_t dim = k_layout.dim, value_dim = v_layout.dim;
+        const int64_t parts = (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+        std::vector<float> blocks((size_t)(all * dim));
+        for (int64_t g = 0; g < args.groups; g++) {
+            for (int64_t r = 0; r < rows; r += ATTENTION_ROWS) {
+                const int64_t start = (g * rows + r) * dim;
+                pack_queries(query + start, std::min<int64_t>(ATTENTION_ROWS, rows - r), dim,
+                             k.max_accumulators / WIDE, blocks.data() + start);
+            }
+        }
+        args.query = blocks.data();
+        split(args.n, WIDE * k.lanes, args.groups * parts, 512, threads, args.splits, args.step);
+        std::vector<float> partial((size_t)(args.splits * all * (value_dim + 2)));
+        args.partial = partial.data();
+        args.maximum = args.partial + args.splits * all * value_dim;
+        args.mass = args.maximum + args.splits * all;
+        const int64_t tasks = args.splits * args.groups * parts;
+        const int64_t work = std::min(args.n, args.step) * (dim + value_dim)
+                           * (std::min<int64_t>(rows, ATTENTION_ROWS) + 1);
+        run(k.attention, args, k.attention_scratch(&k_layout, &v_layout), tasks,
+            grain_of(tasks, work, threads), threads);
+
+        for (int64_t r = 0; r < all; r++) {  // merge the splits (arXiv 2205.14135, section 3.1)
+            float peak = -INFINITY, mass = 0;
+            for (int64_t s = 0; s < args.splits; s++)
+                peak = std::max(peak, args.maximum[s * all + r]);
+            const float reference = peak == -INFINITY ? 0 : peak;
+            float *row = out + r * value_dim;
+            std::fill_n(row, value_dim, 0.0f);
+            for (int64_t s = 0; s < args.splits; s++) {
+                const float weight = std::exp(args.maximum[s * all + r] - reference);
+                mass += args.mass[s * all + r] * weight;
+                const float *from = args.partial + (s * all + r) * value_dim;
+                for (int64_t c = 0; c < value_dim; c++) row[c] += from[c] * weight;
+            }
+            const float inverse = mass > 0 ? 1 / mass : 0;
+            for (int64_t c = 0; c < value_dim; c++) row[c] *= inverse;
+            lse[r] = std::log(mass) + (mass > 0 ? reference : 0);
+        }
+    });
+}
