@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantforge.errors import InputError
+from quantforge.ops._library import Impl, run
 from quantforge.ops.cache_append import op
 from quantforge.ops.checks import (
     check_floating,
@@ -25,6 +26,7 @@ def cache_append(
     *,
     shift: torch.Tensor | None = None,
     equalizer: torch.Tensor | None = None,
+    impl: Impl = "auto",
 ) -> None:
     """Quantize x into rows `position .. position + n` of preallocated buffers, in place.
 
@@ -41,9 +43,11 @@ def cache_append(
         spec: the code.
         shift: as for `quantize`.
         equalizer: as for `quantize`.
+        impl: "auto" takes the fastest backend that supports the call; a named one never falls back.
 
     Raises:
         InputError: for shapes that do not fit, or rows beyond the capacity.
+        UnsupportedError: if a named backend cannot run the call.
 
     Source: arXiv 2504.19874, Algorithm 1.
     Cost: reads x once, writes `bits / 8` bytes per number.
@@ -63,7 +67,10 @@ def cache_append(
         start, stop, capacity = int(position), int(position) + x.shape[-2], packed.shape[-2]
         if start < 0 or stop > capacity:
             raise InputError(f"rows {start} to {stop} do not fit into a capacity of {capacity}")
-    op.cache_append(packed, scales, x, position, shift, equalizer, spec.key)
+    if impl == "auto":
+        op.cache_append(packed, scales, x, position, shift, equalizer, spec.key)
+    else:
+        run("cache_append", impl, packed, scales, x, position, shift, equalizer, spec.key)
 
 
 def _check_position(position: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quantforge.errors import InputError
+from quantforge.ops._library import Impl, run
 from quantforge.ops.checks import check_floating, check_last_dim, check_statistic, has_values
 from quantforge.ops.quantize import op
 from quantforge.spec import QuantSpec
@@ -16,6 +17,7 @@ def quantize(
     *,
     shift: torch.Tensor | None = None,
     equalizer: torch.Tensor | None = None,
+    impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode vectors: `x ~= shift + equalizer * R^T (scale * centroids[codes])`.
 
@@ -24,6 +26,7 @@ def quantize(
         spec: the code.
         shift: subtracted first; (dim,), or (..., 1, dim) broadcasting against x.
         equalizer: divided by next; positive, shaped like shift.
+        impl: "auto" takes the fastest backend that supports the call; a named one never falls back.
 
     Returns:
         packed (..., row_bytes) uint8 and scales (..., 1) in the spec's scale dtype ((..., 2) with
@@ -32,6 +35,7 @@ def quantize(
     Raises:
         InputError: for a wrong shape or dtype, NaN or infinity (with the index of the first bad
             vector), or a vector too large for the scale dtype. Checking waits for the device.
+        UnsupportedError: if a named backend cannot run the call.
 
     Source: arXiv 2504.19874, Algorithms 1 and 2.
     Cost: reads x once, writes `bits / 8` bytes per number.
@@ -40,7 +44,10 @@ def quantize(
     check_last_dim("x", x, spec.dim)
     check_statistic("shift", shift, x.shape)
     check_statistic("equalizer", equalizer, x.shape)
-    packed, scales = op.quantize(x, shift, equalizer, spec.key)
+    if impl == "auto":
+        packed, scales = op.quantize(x, shift, equalizer, spec.key)
+    else:
+        packed, scales = run("quantize", impl, x, shift, equalizer, spec.key)
     if has_values(scales):
         check_scales(x, scales, spec)
     return packed, scales

@@ -1,0 +1,60 @@
+"""A tile of vectors to codes and scales: `numerics.encode`, operation by operation.
+
+Every operation is rounded once. Launchers switch the fusion of multiplications and additions off;
+divisions and square roots are the IEEE ones; sums are halved in the order of the definition.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantforge.ops.kernels.layouts import per_row
+
+
+@triton.jit
+def tree_sum(x, ROWS: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr):
+    """Sum rows (ROWS, N) by halving; returns a column (ROWS, 1).
+
+    Each step adds exactly two numbers, so it has no order of its own. Costs about 1 instruction
+    per element where the upper bits of a channel number registers.
+    """
+    for level in tl.static_range(20):
+        if (N >> level) > 1:
+            x = tl.sum(tl.reshape(x, (ROWS, 2, (N >> level) // 2)), axis=1)
+    return per_row(tl.reshape(x, (ROWS,)), LAYOUT)
+
+
+@triton.jit
+def reciprocal(x):
+    """Return 1 / x, and 0 where x is 0."""
+    is_zero = x == 0.0
+    return tl.where(is_zero, 0.0, tl.div_rn(1.0, tl.where(is_zero, 1.0, x)))
+
+
+@triton.jit
+def power_of_two(v, LAYOUT: tl.constexpr):
+    """Return `p = 2^floor(log2 max|v|)` per row, at least 2^-126, and 1 / p: (ROWS, 1).
+
+    The exponent of 1 / p is 254 less that of p, but 2^-127 is not a normal number.
+    """
+    peak = per_row(tl.max(tl.abs(v), axis=1), LAYOUT)
+    bits = tl.maximum(peak.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
+    inverse = tl.where(bits == 0x7F000000, 0x00400000, 0x7F000000 - bits)
+    return bits.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_factor(
+    u, c, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Return the factor of the scale rule per row: (ROWS, 1)."""
+    if RULE == "unbiased":
+        factor = reciprocal(tree_sum(u * c, ROWS, N, LAYOUT)) * (DIM * 1.0)
+    elif RULE == "norm":
+        squares = reciprocal(tree_sum(c * c, ROWS, N, LAYOUT))
+        factor = tl.sqrt_rn(squares * (DIM * 1.0))
+    else:
+        factor = tree_sum(u * c, ROWS, N, LAYOUT) * reciprocal(tree_sum(c * c, ROWS, N, LAYOUT))
+    return factor

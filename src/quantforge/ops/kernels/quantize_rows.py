@@ -1,0 +1,126 @@
+"""The kernel that quantizes rows, for `quantize` and `cache_append` alike.
+
+    x (batch, heads, n, dim), any strides        packed, scales (batch, heads, capacity, .)
+    a program: TILES tiles of ROWS rows of one head, or (PER_ROW) one tile of any rows
+
+The input is read once: a tile stays in registers from the load to the bytes. Instructions per
+element at dim 128, 4 bits, bfloat16, one head per program (SASS of sm_90, Triton 3.6, counted):
+see `tuning.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantforge.ops.kernels.codebook import nearest
+from quantforge.ops.kernels.encode import power_of_two, reciprocal, scale_factor, tree_sum
+from quantforge.ops.kernels.layouts import channel_axis, kernel, row_axis
+from quantforge.ops.kernels.packing import store_codes
+from quantforge.ops.kernels.rotation import butterfly
+
+
+@triton.jit
+def encode_tile(
+    v, signs_qjl, channel, table_ptr, packed_rows, scale_rows, scale_column, mask,
+    DIM: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, RULE: tl.constexpr,
+    SLOPE: tl.constexpr, CELLS: tl.constexpr,
+    SQRT_DIM: tl.constexpr, INV_SQRT_DIM: tl.constexpr, QJL_FACTOR: tl.constexpr,
+    FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Encode and store a tile v (ROWS, N) of prepared vectors, signs of the rotation included.
+
+    `packed_rows`, `scale_rows` and `mask` are columns (ROWS, 1).
+    """
+    power, inverse_power = power_of_two(v, LAYOUT)
+    v = v * inverse_power
+    norm = tl.sqrt_rn(tree_sum(v * v, ROWS, N, LAYOUT))
+    inverse_norm = reciprocal(norm)
+    u = butterfly(v, channel, ROWS, N, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
+    codes, c = nearest(u, table_ptr, SLOPE, CELLS)
+    store_codes(codes, packed_rows, mask, ROWS, N, DIM, 1, PLANES, LAYOUT)
+    factor = scale_factor(u, c, RULE, DIM, ROWS, N, LAYOUT)
+    scale = norm * INV_SQRT_DIM * factor * power
+    scale = scale.to(scale_rows.dtype.element_ty)
+    tl.store(scale_rows, scale, mask=mask)
+    if QJL_PLANES is not None:
+        stored = scale.to(tl.float32) * inverse_power
+        stored = stored * (inverse_norm * SQRT_DIM)
+        left = u - stored * c
+        turned = butterfly(left * signs_qjl, channel, ROWS, N, FIRST_LANE_BIT, LANE_BITS)
+        positive = (turned > 0.0).to(tl.int32)
+        store_codes(positive, packed_rows, mask, ROWS, N, DIM, 1, QJL_PLANES, LAYOUT)
+        left_norm = tl.sqrt_rn(tree_sum(left * left, ROWS, N, LAYOUT))
+        left_scale = left_norm * norm * QJL_FACTOR * power
+        left_scale = left_scale.to(scale_rows.dtype.element_ty)
+        tl.store(scale_rows + scale_column, left_scale, mask=mask)
+
+
+@kernel(do_not_specialize=["position", "n", "heads", "total", "capacity"])
+def quantize_rows(
+    x_ptr, packed_ptr, scales_ptr, position_ptr, shift_ptr, equalizer_ptr,
+    signs_ptr, qjl_signs_ptr, table_ptr,
+    position, n, heads, total, capacity,
+    x_batch, x_head, x_row, x_channel,
+    packed_batch, packed_head, packed_row, scales_batch, scales_head, scales_row, scales_column,
+    shift_batch, shift_head, equalizer_batch, equalizer_head,
+    DIM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PER_ROW: tl.constexpr,
+    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, RULE: tl.constexpr,
+    SLOPE: tl.constexpr, CELLS: tl.constexpr,
+    SQRT_DIM: tl.constexpr, INV_SQRT_DIM: tl.constexpr, QJL_FACTOR: tl.constexpr,
+    FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Quantize rows of x into rows `position ..` of packed and scales. `total` counts all rows."""
+    program = tl.program_id(0)
+    channel = channel_axis(DIM, LAYOUT)
+    local = row_axis(ROWS, LAYOUT)
+    if PER_ROW:
+        index = program * ROWS + local
+        last = tl.where(index < total, n, 0)
+        index = tl.minimum(index, total - 1)  # statistics are loaded without a mask
+        lead = (index // n).to(tl.int64)
+        row = index - lead * n
+    else:
+        programs_per_head = tl.cdiv(n, ROWS * TILES)
+        lead = (program // programs_per_head).to(tl.int64)
+        row = (program % programs_per_head).to(tl.int64) * (ROWS * TILES) + local
+        last = n
+    batch = lead // heads
+    head = lead - batch * heads
+    if position_ptr is not None:
+        start = tl.load(position_ptr)
+    else:
+        start = position
+    signs = tl.load(signs_ptr + channel)
+    signs_qjl = signs
+    if qjl_signs_ptr is not None:
+        signs_qjl = tl.load(qjl_signs_ptr + channel)
+    factor = signs
+    if equalizer_ptr is not None:
+        equalizer_rows = equalizer_ptr + batch * equalizer_batch + head * equalizer_head
+        factor = tl.div_rn(1.0, tl.load(equalizer_rows + channel).to(tl.float32)) * signs
+    if shift_ptr is not None:
+        shift_rows = shift_ptr + batch * shift_batch + head * shift_head
+        shift = tl.load(shift_rows + channel).to(tl.float32)
+    x_rows = x_ptr + batch * x_batch + head * x_head + channel.to(tl.int64) * x_channel
+    packed_rows = packed_ptr + batch * packed_batch + head * packed_head
+    scale_rows = scales_ptr + batch * scales_batch + head * scales_head
+    x = tl.load(x_rows + row * x_row, mask=row < last, other=0.0)
+    for tile in range(TILES):
+        following = row + ROWS
+        wanted = (following < last) & (tile + 1 < TILES)
+        x_next = tl.load(x_rows + following * x_row, mask=wanted, other=0.0)
+        v = x.to(tl.float32)
+        if shift_ptr is not None:
+            v = v - shift
+        v = v * factor
+        target = start + row
+        mask = (row < last) & (target >= 0) & (target < capacity)
+        encode_tile(
+            v, signs_qjl, channel, table_ptr,
+            packed_rows + target * packed_row, scale_rows + target * scales_row, scales_column,
+            mask, DIM, DIM, ROWS, PLANES, QJL_PLANES, RULE, SLOPE, CELLS,
+            SQRT_DIM, INV_SQRT_DIM, QJL_FACTOR, FIRST_LANE_BIT, LANE_BITS, LAYOUT,
+        )  # fmt: skip
+        x, row = x_next, following
