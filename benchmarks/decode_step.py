@@ -143,14 +143,16 @@ def time_steps(
     for _ in range(warmup):
         step()
     wait()
+    if device.type == "cuda":  # compiling and recording are not part of a step
+        torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < least or (len(times) < MAX_STEPS and time.perf_counter() - begin < seconds):
         start = time.perf_counter()
-        logits = step()
+        step()
         wait()
         times.append(1e3 * (time.perf_counter() - start))
-    if not bool(torch.isfinite(logits).all()):
+    if not bool(torch.isfinite(step()).all()):
         raise WrongResultError("NaN or infinity in the logits")
     return times
 
@@ -229,14 +231,13 @@ class Runner:
         args, cuda = self.args, self.device.type == "cuda"
         backend = args.compile_backend if case.compiled else None
         warmup = WARMUP["compiled" if case.compiled else "eager"]
-        room = case.tokens + warmup + max(MAX_STEPS, args.steps) + PROFILED
+        room = case.tokens + warmup + max(MAX_STEPS, args.steps) + 1 + PROFILED
         cache = make_cache(case.cache, self.model.config, -(-room // 64) * 64)
         start = time.perf_counter()
         fill(cache, case.cache, self.model.config, batch, case.tokens, self.like)
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         filled = time.perf_counter()
         step = make_step(self.model, cache, batch, backend)
         times = time_steps(step, self.device, warmup, args.steps, args.case_seconds)

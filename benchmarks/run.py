@@ -58,9 +58,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def tests_pass(op: str, device: str) -> bool:
     """Run an operator's tests on the device."""
     marked = "gpu" if device == "cuda" else "not gpu"
-    files = [name for name in TESTS[op] if (ROOT / name).exists()]
-    call = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, *files]
-    return bool(files) and subprocess.run(call, cwd=ROOT, check=False).returncode == 0
+    call = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marked, *TESTS[op]]
+    return subprocess.run(call, cwd=ROOT, check=False).returncode == 0
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -158,6 +158,12 @@ def test_a_case_that_does_not_fit_says_so() -> None:
     assert row["skipped"] in run.describe(row)
 
 
+@pytest.mark.parametrize("op", HERE)
+def test_every_operator_has_tests(op: str) -> None:
+    for name in run.TESTS[op]:
+        assert (run.ROOT / name).is_file()
+
+
 @pytest.mark.parametrize("passes", [True, False])
 def test_no_number_on_red(passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test = tmp_path / "test_it.py"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import decode_model, decode_step, record
+from benchmarks import breakdown, decode_model, decode_step, record
 
 CPU = torch.device("cpu")
 
@@ -106,3 +108,40 @@ def test_batches_shrink_after_running_out_of_memory(
     assert row["skipped"] == "out of memory with batch 36"
     row = runner.run(decode_step.StepCase("dynamic", "256", 256, 41))
     assert "beside the weights" in row["skipped"]
+
+
+def kernel(name: str, us: float) -> SimpleNamespace:
+    """Return an event of the GPU, as the profiler has it."""
+    span = SimpleNamespace(elapsed_us=lambda: us)
+    return SimpleNamespace(
+        name=name, device_type=DeviceType.CUDA, is_user_annotation=False, time_range=span
+    )
+
+
+def launch(name: str, parent: Any, *kernels: SimpleNamespace) -> SimpleNamespace:
+    """Return an event of the CPU with the kernels it launched."""
+    found = [SimpleNamespace(name=k.name, duration=k.time_range.elapsed_us()) for k in kernels]
+    return SimpleNamespace(name=name, device_type=DeviceType.CPU, cpu_parent=parent, kernels=found)
+
+
+def test_kernels_belong_to_the_scope_they_were_launched_in() -> None:
+    gemm, flash, copy, norm = (
+        kernel(name, us)
+        for name, us in (("nvjet_x", 5), ("flash_fwd", 7), ("CatArrayBatched", 2), ("norm", 1))
+    )
+    shadow = kernel("attention", 100)
+    attention, append = launch("attention", None, shadow), launch("append", None)
+    cpu = [
+        attention,
+        append,
+        launch("aten::linear", attention, gemm),  # a matmul inside attention is attention
+        launch("aten::_flash", launch("aten::sdpa", attention), flash),
+        launch("aten::cat", append, copy),
+        launch("aten::mul", None, norm),
+    ]
+    kernels = [event for event in (gemm, flash, copy, norm, shadow) if breakdown._is_kernel(event)]
+    assert shadow not in kernels
+    parts = breakdown._by_scope(cpu, kernels)
+    assert parts == {"attention": 12, "append": 2, "linear": 0, "other": 1}
+    parts = breakdown._by_name(kernels)
+    assert parts == {"attention": 7, "append": 2, "linear": 5, "other": 1}

@@ -22,11 +22,11 @@ def _make(vectors: Vectors, device: torch.device) -> Contenders:
 
 def cases(size: Size) -> list[Case]:
     """Return the cases; bytes are codes and scales read, dense vectors written."""
-    kind = "cuda" if size == "cuda" else "cpu"
+    kind, goal = ("cuda", 0.7) if size == "cuda" else ("cpu", None)
     return [
         Case(
             "dequantize", vectors.name, vectors.shape, vectors.nbytes, vectors.flops,
-            vectors.memory(kind), partial(_make, vectors), vectors.quick, goal_share=0.7,
+            vectors.memory(kind), partial(_make, vectors), vectors.quick, goal_share=goal,
         )
         for vectors in SHAPES[size]
     ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.cases.inputs import (
+    code_error,
     dense_nbytes,
     normal,
     pack,
@@ -195,12 +196,22 @@ def dense_calls(layer: Layer, device: torch.device) -> dict[str, Calls]:
     """
     query = layer.query(device)
     pairs = rotated(lambda seed: layer.key_value(seed, device), layer.dense_bytes, device)
-    if device.type != "cuda":
-        mask = layer.mask(device)
-        plain = partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
-        return {"sdpa": [partial(plain, query, *pair) for pair in pairs]}
     folded = query.reshape(layer.batch, layer.kv_heads, -1, layer.dim)
     result: dict[str, Calls] = {}
+    if device.type != "cuda":
+        for dtype in (layer.dtype, torch.bfloat16):
+            name = f"sdpa {str(dtype).removeprefix('torch.')}"
+            cast = [tuple(x.to(dtype) for x in pair) for pair in pairs]
+            masked = partial(
+                F.scaled_dot_product_attention, attn_mask=layer.mask(device), enable_gqa=True
+            )
+            result[name] = [partial(masked, query.to(dtype), *pair) for pair in cast]
+            attend = F.scaled_dot_product_attention
+            if layer.q_len == 1:
+                result[f"{name}, folded"] = [
+                    partial(attend, folded.to(dtype), *pair) for pair in cast
+                ]
+        return result
     for name, backend in BACKENDS.items():
         attend = partial(_attend, backend)
         result[name] = [partial(attend, query, *pair) for pair in pairs]
@@ -216,7 +227,7 @@ def dense_calls(layer: Layer, device: torch.device) -> dict[str, Calls]:
 def exact_baseline(layer: Layer, device: torch.device) -> str:
     """Return the baseline that computes what ours approximates."""
     if device.type != "cuda":
-        return "sdpa"
+        return f"sdpa {str(layer.dtype).removeprefix('torch.')}"
     return "flash" if layer.q_len == 1 else "flash, causal"
 
 
@@ -238,7 +249,5 @@ def attention_error(layer: Layer) -> float:
     Logits have unit variance, so an error of the keys moves the weights by as much; the factor
     2 is for the tails.
     """
-    from benchmarks.cases.inputs import code_error
-
     keys, values = code_error(layer.key_bits), code_error(layer.value_bits)
     return 2 * (keys**2 + values**2) ** 0.5

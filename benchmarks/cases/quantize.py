@@ -19,11 +19,11 @@ def _make(vectors: Vectors, device: torch.device) -> Contenders:
 
 def cases(size: Size) -> list[Case]:
     """Return the cases; bytes are dense vectors read, codes and scales written."""
-    kind = "cuda" if size == "cuda" else "cpu"
+    kind, goal = ("cuda", 0.6) if size == "cuda" else ("cpu", None)
     return [
         Case(
             "quantize", vectors.name, vectors.shape, vectors.nbytes, vectors.flops,
-            vectors.memory(kind), partial(_make, vectors), vectors.quick, goal_share=0.6,
+            vectors.memory(kind), partial(_make, vectors), vectors.quick, goal_share=goal,
         )
         for vectors in SHAPES[size]
     ]  # fmt: skip
