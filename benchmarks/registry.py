@@ -13,7 +13,7 @@ Each operator's cases stand in `benchmarks/cases/<op>.py`, in three sizes: "cuda
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,19 @@ Calls = Sequence[Call]
 """The same computation on each input set."""
 
 
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return `|result - exact| / |exact|`, some rows at a time to save memory."""
+    wrong = total = 0.0
+    for ours, theirs in zip(_rows(result), _rows(exact), strict=True):
+        wrong += float((ours.float() - theirs.float()).square().sum(dtype=torch.float64))
+        total += float(theirs.float().square().sum(dtype=torch.float64))
+    return float((wrong / total) ** 0.5)
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.reshape(-1, x.shape[-1]).split(64)
+
+
 @dataclass(frozen=True)
 class Contenders:
     """What competes in a case.
@@ -34,14 +47,16 @@ class Contenders:
         ours: the packed operator.
         baselines: what people run on uncompressed data, by name.
         exact: the baseline that computes what `ours` approximates, on the same first input set.
-        max_error: bound of the relative error of `ours` against it; far above what the bits cost,
-            to catch a wrong result rather than to measure a good one.
+        max_error: bound of the error of `ours` against it; far above what the bits cost, to catch
+            a wrong result rather than to measure a good one.
+        error: how the error is measured.
     """
 
     ours: Calls
-    baselines: dict[str, Calls]
+    baselines: Mapping[str, Calls]
     exact: str | None = None
     max_error: float = 1.0
+    error: Callable[[Any, Any], float] = relative_error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from benchmarks import plots, record, run
 from benchmarks.cases import codec, decode_attention, kv
 from benchmarks.cases.inputs import normal, pack, row_nbytes, sets
-from benchmarks.cases.search import dense_search, vector_search
+from benchmarks.cases.search import dense_search, missed, vector_search
 from benchmarks.ceiling import ceilings
 from benchmarks.measure import WrongResultError, measure_case
 from benchmarks.registry import OPS, SIZES, Case, Contenders, cases
@@ -135,10 +135,10 @@ def test_wrong_results_have_no_time() -> None:
     baselines = {"dense": [right.clone]}
     with pytest.raises(WrongResultError, match="NaN"):
         row_of(case_of(Contenders([lambda: right / 0 * 0], baselines)))
-    with pytest.raises(WrongResultError, match="relative error"):
+    with pytest.raises(WrongResultError, match="an error of 1"):
         row_of(case_of(Contenders([lambda: 2 * right], baselines, "dense", 0.5)))
     row = row_of(case_of(Contenders([lambda: 1.1 * right], baselines, "dense", 0.5)))
-    assert row["relative_error"] == pytest.approx(0.1, abs=1e-4)
+    assert row["error"] == pytest.approx(0.1, abs=1e-4)
 
 
 def test_a_baseline_that_does_not_run_here_is_named() -> None:
@@ -149,7 +149,7 @@ def test_a_baseline_that_does_not_run_here_is_named() -> None:
     row = row_of(case_of(Contenders([ones], {"a": [refuse], "b": [ones]}, "a")))
     assert row["unavailable"] == {"a": "No available kernel"}
     assert row["best"] == "b"
-    assert row["relative_error"] is None
+    assert row["error"] is None
 
 
 def test_a_case_that_does_not_fit_says_so() -> None:
@@ -191,6 +191,9 @@ def test_dense_search_is_a_search(queries: int) -> None:
     for best, ids in (dense_search(query, rows, 7, 64), dense_search(query, rows, 7, 1000)):
         torch.testing.assert_close(best, want.values)
         assert torch.equal(ids, want.indices)
+        assert missed((best, ids), (want.values, want.indices)) == 0
+    half = torch.cat([want.indices[:, 4:], want.indices[:, 4:].flip(-1) + 1000], -1)
+    assert missed((half, half), want) == pytest.approx(4 / 7)
     if queries == 1:
         assert torch.equal(vector_search(query[0], rows, 7)[1], want.indices[0])
 

@@ -23,6 +23,8 @@ MAX_SCORES = 1 << 30
 """Scores that the baseline holds at once: 2 GiB of bfloat16."""
 MAX_ROWS = 1 << 21
 """Rows it multiplies at once: fewer than 2**31 numbers, which not every matmul addresses."""
+MAX_MISSED = 0.9
+"""Neighbours among random vectors are hardly nearer than others, so 2 bits miss many."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,16 @@ def vector_search(
     return best, ids
 
 
+def missed(result: tuple[torch.Tensor, torch.Tensor], exact: tuple) -> float:
+    """Return the share of the right ids that are not among the ids found: 1 - recall."""
+    found, right = result[1], exact[1]
+    hits = sum(
+        int((part[:, :, None] == want[:, None, :]).any(-1).sum())
+        for part, want in zip(found.split(64), right.split(64), strict=True)
+    )
+    return 1 - hits / right.numel()
+
+
 def packed_search(query: torch.Tensor, parts: tuple, spec: QuantSpec, k: int) -> Any:
     """Return scores and ids by the fused operator."""
     from quantforge.ops import search  # the registry is read without it too
@@ -113,7 +125,7 @@ def _make(case: Search, device: torch.device) -> Contenders:
         baselines[f"{kind} matrix @ vector + topk"] = [
             partial(vector_search, query[0], x, case.k) for x in dense
         ]
-    return Contenders(ours, baselines)
+    return Contenders(ours, baselines, next(iter(baselines)), MAX_MISSED, missed)
 
 
 def cases(size: Size) -> list[Case]:
