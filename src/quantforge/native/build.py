@@ -98,9 +98,9 @@ def build(folder: Path) -> Path:
         macro = f'-DQF_SOURCE="{source_hash()}"'
         objects, calls = [], []
         for unit, flags in units(platform.machine()).items():
-            source, target = str(SOURCE / f"{unit}.cpp"), f"{name}/{unit}.o"
-            objects.append(target)
-            calls.append([compiler, *FLAGS, *flags, macro, "-c", source, "-o", target])
+            source, result = str(SOURCE / f"{unit}.cpp"), f"{name}/{unit}.o"
+            objects.append(result)
+            calls.append([compiler, *FLAGS, *flags, macro, "-c", source, "-o", result])
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, calls))
         library = Path(name) / FILE_NAME

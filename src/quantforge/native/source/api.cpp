@@ -17,12 +17,6 @@
 
 namespace {
 
-#if defined(__x86_64__)
-constexpr bool X86 = true;
-#else
-constexpr bool X86 = false;
-#endif
-
 const Kernels *kernels_of(int level) {
 #if defined(__x86_64__)
     if (level == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
@@ -114,7 +108,8 @@ int64_t grain_of(int64_t tiles, int64_t work_per_tile, int threads) {
 // Cut n keys of `tasks` tasks so that every thread has one; in whole tiles.
 void split(int64_t n, int64_t tile, int64_t tasks, int64_t least, int threads, int64_t &splits,
            int64_t &step) {
-    const int64_t wanted = std::max<int64_t>(1, (threads + tasks - 1) / std::max<int64_t>(tasks, 1));
+    tasks = std::max<int64_t>(tasks, 1);
+    const int64_t wanted = (threads + tasks - 1) / tasks;
     const int64_t possible = std::max<int64_t>(1, n / std::max(least, tile));
     const int64_t parts = threads > 1 ? std::min(wanted, possible) : 1;
     step = (n + parts - 1) / parts;
@@ -138,26 +133,28 @@ struct ByteQuery {
     std::vector<int32_t> correction;
 };
 
-// Round queries to integers and pack them as byte_scores.h reads them.
-void pack_bytes(const float *query, int64_t groups, int64_t count, const Layout &layout,
-                const Kernels &k, ByteQuery &out) {
+// Round queries to integers and pack them as byte_scores.h reads them. With two terms the second
+// holds what rounding the first has lost, in units 2 * most times smaller.
+void pack_bytes(const float *query, int64_t groups, int64_t queries, int terms,
+                const Layout &layout, const Kernels &k, ByteQuery &out) {
     const Plane &plane = layout.plane[0];
-    const int64_t fields = 8 / plane.width, dwords = (plane.stride + 3) / 4;
-    const int64_t steps = dwords * fields, dim = layout.dim;
+    const int64_t fields = 8 / plane.width, steps = (plane.stride + 3) / 4 * fields;
+    const int64_t dim = layout.dim, count = queries * terms;
     out.words.assign((size_t)(groups * count * steps * k.query_words), 0);
     out.unit.resize((size_t)(groups * count));
     out.correction.assign((size_t)(groups * count), 0);
     const int64_t limit = ((int64_t)1 << 31) / ((127 + k.byte_offset) * (dim + 4)) - 1;
     const float most = (float)std::min<int64_t>(k.max_query, limit);
     for (int64_t row = 0; row < groups * count; row++) {
-        const float *x = query + row * dim;
+        const float *x = query + row / terms * dim;
+        const bool second = terms == 2 && row % 2;
         float peak = 0;
         bool finite = true;
         for (int64_t c = 0; c < dim; c++) {
             finite = finite && std::isfinite(x[c]);
             peak = std::max(peak, std::fabs(x[c]));
         }
-        out.unit[row] = finite ? peak / most : NAN;
+        out.unit[row] = finite ? peak / most / (second ? 2 * most : 1) : NAN;
         if (!finite || peak == 0) continue;
         const int64_t q = row % count, part = q / k.byte_queries * k.byte_queries;
         const int64_t width = std::min<int64_t>(k.byte_queries, count - part);
@@ -168,8 +165,11 @@ void pack_bytes(const float *query, int64_t groups, int64_t count, const Layout 
             for (int b = 0; b < 4; b++) {
                 const int64_t byte = m / fields * 4 + b;
                 const int64_t channel = byte + m % fields * plane.stride;
-                if (byte < plane.stride && channel < dim)
-                    value[b] = (int32_t)std::nearbyint(x[channel] / peak * most);
+                if (byte >= plane.stride || channel >= dim) continue;
+                const float exact = x[channel] / peak * most;
+                float rounded = std::nearbyint(exact);
+                if (second) rounded = std::nearbyint((exact - rounded) * 2 * most);
+                value[b] = (int32_t)rounded;
                 sum += value[b];
             }
             int32_t *word = to + (m * width + q - part) * k.query_words;
@@ -206,7 +206,7 @@ API int qf_byte_offset(void) { return kernels().byte_offset; }
 // Bit i: level i (portable, avx2, avx512) runs on this processor.
 API int qf_levels(void) {
     int result = 1;
-    for (int level = 1; X86 && level < 3; level++) result |= (kernels_of(level) != nullptr) << level;
+    for (int level = 1; level < 3; level++) result |= (kernels_of(level) != nullptr) << level;
     return result;
 }
 
@@ -281,7 +281,9 @@ API int qf_scores(const Packed *packed, int64_t groups, int64_t queries, int64_t
         std::vector<float> blocks;
         ByteQuery bytes;
         if (fast) {
-            pack_bytes(query, groups, queries, layout, k, bytes);
+            // few queries wait for memory anyway: int8 alone has an error of 7e-3, two terms 3e-3
+            args.terms = k.query_words == 1 && 2 * queries <= k.byte_queries ? 2 : 1;
+            pack_bytes(query, groups, queries, args.terms, layout, k, bytes);
             args.byte_query = bytes.words.data();
             args.query_unit = bytes.unit.data();
             args.correction = bytes.correction.data();

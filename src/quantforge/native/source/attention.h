@@ -126,7 +126,7 @@ static void attention(const AttentionArgs *args, int64_t begin, int64_t end, voi
         for (int64_t first = split * a.step; first < stop; first += TILE) {
             const int64_t count = smaller(TILE, a.n - first);
             prefetch_rows(a.value.rows, group, first, TILE, a.n, 4 * v.dwords);
-            decode_tile(k, a.key, group, first, a.n, WIDE, values, dwords);
+            decode_tile<WIDE>(k, a.key, group, first, a.n, values, dwords);
             float scales[TILE];
             load_scales(a.key, group, first, count, TILE, a.scale, scales);
             for (int64_t q = 0; q < rows; q += MAX) {
@@ -137,8 +137,9 @@ static void attention(const AttentionArgs *args, int64_t begin, int64_t end, voi
                     dots<QUERIES, WIDE>(values, query + q * k.dim, k.dim, sums);
                     for (int i = 0; i < QUERIES; i++)
                         for (int w = 0; w < WIDE; w++)
-                            Vector::store(logits + ((q + i) * WIDE + w) * LANES,
-                                          Vector::mul(sums[i][w], Vector::load(scales + w * LANES)));
+                            Vector::store(
+                                logits + ((q + i) * WIDE + w) * LANES,
+                                Vector::mul(sums[i][w], Vector::load(scales + w * LANES)));
                 });
             }
             prefetch_rows(a.key.rows, group, first + TILE, TILE, a.n, 4 * k.dwords);
@@ -153,7 +154,7 @@ static void attention(const AttentionArgs *args, int64_t begin, int64_t end, voi
                     Vector::store(row + w * LANES, Vector::mul(Vector::load(row + w * LANES),
                                                                Vector::load(scales + w * LANES)));
             }
-            decode_tile(v, a.value, group, first, a.n, WIDE, values, dwords);
+            decode_tile<WIDE>(v, a.value, group, first, a.n, values, dwords);
             accumulate_rows(values, logits, rows, v.dim, state.sums);
         }
         const int64_t at = (split * a.groups + group) * rows_in_all + r0;

@@ -37,7 +37,8 @@ static INLINE void decode_bytes(const Layout &layout, const Vector::ByteTable &t
                     const int64_t half = layout.plane[1].stride;
                     const int64_t byte = 4 * d + FIELD * layout.plane[0].stride;
                     const I bits = Vector::iload(high + byte % half / 4 * LANES);
-                    const I bit = Vector::bit_and(Vector::shift_right(bits, (int)(byte / half)), one);
+                    const int slot = (int)(byte / half);
+                    const I bit = Vector::bit_and(Vector::shift_right(bits, slot), one);
                     code = Vector::bit_or(code, Vector::shift_left<2>(bit));
                 }
                 Vector::istore(out + FIELD * stride, table(code));
@@ -88,7 +89,7 @@ static INLINE void byte_dots(const uint32_t *values, const int32_t *query, int64
 
 // Vectors of rows per tile: fewer registers are left where a query takes two words.
 constexpr int BYTE_W = Vector::QUERY_WORDS == 1 ? BYTE_WIDE : 2;
-constexpr int BYTE_QUERIES = Vector::QUERY_WORDS == 1 ? 6 : 4;
+constexpr int BYTE_QUERIES = Vector::QUERY_WORDS == 1 ? 6 : 4;  // even: two terms stay together
 
 static INLINE void decode_byte_tile(const ScoresArgs &a, int64_t group, int64_t first,
                                     uint32_t *values, uint32_t *high) {
@@ -141,26 +142,34 @@ static void byte_scores(const ScoresArgs *args, int64_t begin, int64_t end, void
         decode_byte_tile(a, group, first, values, high);
         float scales[TILE];
         load_scales(a.packed, group, first, count, TILE, a.packed.code->byte_unit, scales);
-        const int32_t *query = a.byte_query + group * a.queries * steps * Vector::QUERY_WORDS;
-        for (int64_t q = 0; q < a.queries; q += BYTE_QUERIES) {
-            with_queries<BYTE_QUERIES>(smaller(BYTE_QUERIES, a.queries - q), [&](auto number)
+        const int64_t terms = a.queries * a.terms;
+        const int32_t *query = a.byte_query + group * terms * steps * Vector::QUERY_WORDS;
+        for (int64_t q = 0; q < terms; q += BYTE_QUERIES) {
+            with_queries<BYTE_QUERIES>(smaller(BYTE_QUERIES, terms - q), [&](auto number)
                                            __attribute__((always_inline)) {
                 constexpr int QUERIES = decltype(number)::value;
                 I sums[QUERIES][BYTE_W];
                 byte_dots<QUERIES, BYTE_W>(values, query + q * steps * Vector::QUERY_WORDS, steps,
                                            sums);
-                for (int i = 0; i < QUERIES; i++) {
-                    const int64_t at = group * a.queries + q + i;
+                const auto value = [&](int i, int w) __attribute__((always_inline)) {
+                    const int64_t at = group * terms + q + i;
+                    const I sum = Vector::iadd(sums[i][w], Vector::iset1(a.correction[at]));
+                    return Vector::mul(Vector::convert(sum), Vector::set1(a.query_unit[at]));
+                };
+                for (int i = 0; i < QUERIES; i += a.terms) {
+                    const int64_t number_of_query = (q + i) / a.terms;
                     float *out = (float *)(a.out.data + a.out.offsets[group]
-                                           + (q + i) * a.out.stride) + first;
-                    const I correction = Vector::iset1(a.correction[at]);
-                    const F unit = Vector::set1(a.query_unit[at]);
+                                           + number_of_query * a.out.stride) + first;
                     for (int w = 0; w < BYTE_W; w++) {
                         const int64_t left = count - w * LANES;
                         if (left <= 0) break;
-                        F y = Vector::convert(Vector::iadd(sums[i][w], correction));
-                        y = Vector::mul(Vector::mul(y, unit), Vector::load(scales + w * LANES));
-                        if (a.offset) y = Vector::add(y, Vector::set1(a.offset[at]));
+                        F y = value(i, w);
+                        if (a.terms == 2) y = Vector::add(y, value(i + 1, w));
+                        y = Vector::mul(y, Vector::load(scales + w * LANES));
+                        if (a.offset) {
+                            const float offset = a.offset[group * a.queries + number_of_query];
+                            y = Vector::add(y, Vector::set1(offset));
+                        }
                         if (left >= LANES) Vector::store(out + w * LANES, y);
                         else Vector::store_some(out + w * LANES, Vector::bits(y), (int)left);
                     }

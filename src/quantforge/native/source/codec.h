@@ -191,7 +191,8 @@ static void quantize_of(const QuantizeArgs &a, int64_t begin, int64_t end, Scrat
         const F dims = Vector::set1(code.dim_factor);
         F factor;
         if (code.scale_rule == 0) factor = Vector::mul(dims, reciprocal(with_c(tile)));
-        else if (code.scale_rule == 1) factor = Vector::sqrt(Vector::mul(dims, reciprocal(with_c(c))));
+        else if (code.scale_rule == 1)
+            factor = Vector::sqrt(Vector::mul(dims, reciprocal(with_c(c))));
         else factor = Vector::mul(with_c(tile), reciprocal(with_c(c)));
         F scale = Vector::mul(norm, Vector::set1(code.inv_sqrt_dim));
         scale = Vector::mul(Vector::mul(scale, factor), power);
@@ -239,7 +240,7 @@ static void dequantize(const DequantizeArgs *args, int64_t begin, int64_t end, v
     for (int64_t t = begin; t < end; t++) {
         const int64_t group = t / tiles, first = t % tiles * LANES;
         const int64_t count = smaller(LANES, a.n - first);
-        decode_tile(layout, a.packed, group, first, a.n, 1, tile, dwords);
+        decode_tile<1>(layout, a.packed, group, first, a.n, tile, dwords);
         float scales[LANES];
         load_scales(a.packed, group, first, count, LANES, code.inv_sqrt_dim, scales);
         const F scale = Vector::load(scales);

@@ -60,8 +60,10 @@ static INLINE void load_dwords(const uint8_t *const row[LANES], int64_t begin, i
                                I dword[LANES]) {
     const int64_t count = end - begin;
     if (count >= LANES) {
+#pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) dword[i] = Vector::iload(row[i] + 4 * begin);
     } else {
+#pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)
             dword[i] = Vector::load_some(row[i] + 4 * begin, (int)count);
     }
@@ -69,9 +71,9 @@ static INLINE void load_dwords(const uint8_t *const row[LANES], int64_t begin, i
 }
 
 // One plane of width BITS: bits 1, 2, 4, 8.
-template <int BITS>
+template <int BITS, int64_t STRIDE>
 static INLINE void decode_plane(const Layout &layout, const Vector::Lookup<BITS> &lookup,
-                                const uint8_t *const row[LANES], float *values, int64_t stride) {
+                                const uint8_t *const row[LANES], float *values) {
     constexpr int FIELDS = 8 / BITS;
     const int plane = layout.plane[0].stride, dim = layout.dim;
     // dwords whose 4 * FIELDS fields are all channels
@@ -83,13 +85,13 @@ static INLINE void decode_plane(const Layout &layout, const Vector::Lookup<BITS>
         const int64_t end = smaller(begin + LANES, layout.dwords);
         for (int64_t d = begin; d < end; d++) {
             const I word = dword[d - begin];
-            float *out = values + 4 * d * stride;
+            float *out = values + 4 * d * STRIDE;
             if (d < full) {
                 unrolled<0, 4 * FIELDS>([&](auto k) __attribute__((always_inline)) {
                     constexpr int BYTE = decltype(k)::value / FIELDS;
                     constexpr int FIELD = decltype(k)::value % FIELDS;
                     const I index = Vector::shift_right<8 * BYTE + BITS * FIELD>(word);
-                    Vector::store(out + (BYTE + FIELD * (int64_t)plane) * stride, lookup(index));
+                    Vector::store(out + (BYTE + FIELD * (int64_t)plane) * STRIDE, lookup(index));
                 });
                 continue;
             }
@@ -98,16 +100,16 @@ static INLINE void decode_plane(const Layout &layout, const Vector::Lookup<BITS>
                 const int64_t channel = byte + (int64_t)(k % FIELDS) * plane;
                 if (byte >= plane || channel >= dim) continue;
                 const I index = Vector::shift_right(word, 8 * (k / FIELDS) + BITS * (k % FIELDS));
-                Vector::store(values + channel * stride, lookup(index));
+                Vector::store(values + channel * STRIDE, lookup(index));
             }
         }
     }
 }
 
 // Several planes: bits 3, 5, 6, 7. `dwords` is scratch for layout.dwords vectors.
-template <int BITS>
+template <int BITS, int64_t STRIDE>
 static INLINE void decode_planes(const Layout &layout, const Vector::Lookup<BITS> &lookup,
-                                 const uint8_t *const row[LANES], float *values, int64_t stride,
+                                 const uint8_t *const row[LANES], float *values,
                                  uint32_t *dwords) {
     constexpr int PLANES = BITS == 7 ? 3 : 2;
     constexpr int FIRST = BITS == 3 ? 2 : 4;
@@ -127,40 +129,39 @@ static INLINE void decode_planes(const Layout &layout, const Vector::Lookup<BITS
     for (int64_t c = 0; c < dim; c++) {
         I high = field(dim + c);
         if constexpr (PLANES == 3) high = Vector::merge(middle, high, field(2 * dim + c));
-        Vector::store(values + c * stride, lookup(Vector::merge(low, field(c), high)));
+        Vector::store(values + c * STRIDE, lookup(Vector::merge(low, field(c), high)));
     }
 }
 
-template <int BITS>
+// STRIDE: floats from one channel to the next.
+template <int BITS, int64_t STRIDE>
 static INLINE void decode(const Layout &layout, const Vector::Lookup<BITS> &lookup,
-                          const uint8_t *const row[LANES], float *values, int64_t stride,
-                          uint32_t *dwords) {
+                          const uint8_t *const row[LANES], float *values, uint32_t *dwords) {
     if constexpr (BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8) {
-        decode_plane<BITS>(layout, lookup, row, values, stride);
+        decode_plane<BITS, STRIDE>(layout, lookup, row, values);
     } else {
-        decode_planes<BITS>(layout, lookup, row, values, stride, dwords);
+        decode_planes<BITS, STRIDE>(layout, lookup, row, values, dwords);
     }
 }
 
-// Decode `wide` * LANES rows from `first` on to values (dim, wide * LANES).
-template <int BITS>
+// Decode W * LANES rows from `first` on to values (dim, W * LANES).
+template <int BITS, int W>
 static void decode_tile_of(const Layout &layout, const Packed &packed, int64_t group, int64_t first,
-                           int64_t n, int wide, float *values, uint32_t *dwords) {
+                           int64_t n, float *values, uint32_t *dwords) {
     const Vector::Lookup<BITS> lookup(packed.code->centroids);
-    for (int w = 0; w < wide; w++) {
+    for (int w = 0; w < W; w++) {
         const uint8_t *row[LANES];
         row_addresses(packed.rows, group, first + w * LANES, n, row);
-        decode<BITS>(layout, lookup, row, values + w * LANES, wide * LANES, dwords);
+        decode<BITS, W * LANES>(layout, lookup, row, values + w * LANES, dwords);
     }
 }
 
-static void decode_tile(const Layout &layout, const Packed &packed, int64_t group,
-                               int64_t first, int64_t n, int wide, float *values,
-                               uint32_t *dwords) {
+template <int W>
+static void decode_tile(const Layout &layout, const Packed &packed, int64_t group, int64_t first,
+                        int64_t n, float *values, uint32_t *dwords) {
     switch (layout.bits) {
 #define CASE(BITS)                                                                               \
-    case BITS:                                                                                   \
-        return decode_tile_of<BITS>(layout, packed, group, first, n, wide, values, dwords);
+    case BITS: return decode_tile_of<BITS, W>(layout, packed, group, first, n, values, dwords);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }

@@ -94,11 +94,12 @@ struct RotateArgs {
 struct ScoresArgs {
     const Layout *layout;
     int64_t n, queries;
+    int terms;  // integers for a number of the query: 1, or 2 with what rounding the first lost
     Packed packed;
     const float *query;         // (groups, packed blocks of queries); see pack_queries
     const int32_t *byte_query;  // the same for precision "fast", else null
-    const float *query_unit;    // (groups, queries) of the byte query
-    const int32_t *correction;  // (groups, queries) added to its sums
+    const float *query_unit;    // (groups, queries * terms) of the byte query
+    const int32_t *correction;  // (groups, queries * terms) added to its sums
     const float *offset;        // (groups, queries) or null
     Rows out;                   // row q of group g: n floats
     int accumulate;

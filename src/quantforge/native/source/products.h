@@ -5,7 +5,8 @@
 
 namespace LEVEL {
 
-constexpr int max_queries(int wide) { return Vector::MAX_ACCUMULATORS / wide; }
+// Queries per pass over a tile; tiles of one vector are for one query or two.
+constexpr int max_queries(int wide) { return wide == 1 ? 2 : Vector::MAX_ACCUMULATORS / wide; }
 
 // sums[q][w] = sum over channels of query[channel][q] * values[channel][w * LANES ..].
 // A chain of additions per sum would wait for itself, so few sums are cut into several.
@@ -68,7 +69,7 @@ static void scores_of(const ScoresArgs &a, int64_t begin, int64_t end, Scratch s
         const int64_t group = t / tiles, first = t % tiles * TILE;
         const int64_t count = smaller(TILE, a.n - first);
         prefetch_rows(a.packed.rows, group, first + TILE, TILE, a.n, 4 * layout.dwords);
-        decode_tile(layout, a.packed, group, first, a.n, W, values, dwords);
+        decode_tile<W>(layout, a.packed, group, first, a.n, values, dwords);
         float scales[TILE];
         load_scales(a.packed, group, first, count, TILE, 1, scales);
         const float *query = a.query + group * a.queries * layout.dim;
@@ -185,7 +186,7 @@ static void combine(const CombineArgs *args, int64_t begin, int64_t end, void *m
         __builtin_memset(sums, 0, sizeof(float) * rows * dim * LANES);
         for (int64_t first = split * a.step; first < stop; first += TILE) {
             const int64_t count = smaller(TILE, stop - first);
-            decode_tile(layout, a.packed, group, first, stop, WIDE, values, dwords);
+            decode_tile<WIDE>(layout, a.packed, group, first, stop, values, dwords);
             float scales[TILE];
             load_scales(a.packed, group, first, count, TILE, 1, scales);
             for (int64_t q = 0; q < rows; q++) {

@@ -89,18 +89,21 @@ struct Vector {
     static uint16_t float_to_half(float x) { return _cvtss_sh(x, 0); }
 
     // 8 x 8 transpose of dwords.
-    static void transpose(I r[LANES]) {
+    static inline __attribute__((always_inline)) void transpose(I r[LANES]) {
         I t[8], u[8];
+#pragma GCC unroll 16
         for (int i = 0; i < 8; i += 2) {
             t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
             t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 8; i += 4) {
             u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
             u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
             u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
             u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
         }
+#pragma GCC unroll 16
         for (int c = 0; c < 4; c++) {
             r[c] = _mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
             r[4 + c] = _mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
@@ -117,7 +120,7 @@ struct Vector {
         }
     };
 
-    // ---- int8: four channels of a row to a dword lane --------------------------------------------
+    // ---- int8: four channels of a row to a dword lane ------------------------------------------
     static constexpr int QUERY_WORDS = 2;  // channels 0 and 2, then 1 and 3, as int16
     static constexpr int OFFSET = 0;
     static constexpr int MAX_QUERY = 2047;

@@ -73,12 +73,14 @@ struct Vector {
     static uint16_t float_to_half(float x) { return _cvtss_sh(x, 0); }
 
     // 16 x 16 transpose of dwords.
-    static void transpose(I r[LANES]) {
+    static inline __attribute__((always_inline)) void transpose(I r[LANES]) {
         I t[16], u[16];
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i += 2) {
             t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
             t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < 16; i += 4) {
             u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
             u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
@@ -86,6 +88,7 @@ struct Vector {
             u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
         }
         // u[4 g + c], 128-bit lane l: rows 4 g .. 4 g + 3 of column 4 l + c
+#pragma GCC unroll 16
         for (int c = 0; c < 4; c++) {
             const I a = _mm512_shuffle_i32x4(u[c], u[4 + c], 0x44);
             const I b = _mm512_shuffle_i32x4(u[c], u[4 + c], 0xEE);
@@ -108,7 +111,7 @@ struct Vector {
         }
     };
 
-    // ---- int8: four channels of a row to a dword lane --------------------------------------------
+    // ---- int8: four channels of a row to a dword lane ------------------------------------------
     static constexpr int QUERY_WORDS = 1;  // four int8
     static constexpr int OFFSET = 128;     // values are stored unsigned, as vpdpbusd wants them
     static constexpr int MAX_QUERY = 127;

@@ -112,7 +112,9 @@ struct Vector {
         return (uint16_t)(sign | (word - (112u << 23)) >> 13);
     }
     static F from_half(const uint16_t *p) {
-        return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+        F x;
+        for (int i = 0; i < 4; i++) x[i] = half_to_float(p[i]);
+        return x;
     }
 
     static void transpose(I r[LANES]) {
@@ -130,7 +132,7 @@ struct Vector {
         }
     };
 
-    // ---- int8: four channels of a row to a dword lane --------------------------------------------
+    // ---- int8: four channels of a row to a dword lane ------------------------------------------
     static constexpr int QUERY_WORDS = 2;  // channels 0 and 2, then 1 and 3, as int16
     static constexpr int OFFSET = 0;
     static constexpr int MAX_QUERY = 2047;

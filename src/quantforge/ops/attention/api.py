@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from quantforge.errors import InputError
+from quantforge.ops._library import Impl, run
 from quantforge.ops.attention import op
 from quantforge.ops.checks import check_floating, check_last_dim, check_packed, check_statistic
 from quantforge.spec import QuantSpec
@@ -38,6 +39,7 @@ def attention(
     mask: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over packed keys and values: `softmax(scale * q K^T + mask) V`.
 
@@ -48,6 +50,7 @@ def attention(
         mask: broadcasts to (B, Hq, q, n); bool (True = attend) or added to the logits.
         is_causal: query i sees keys 0..i only (aligned at the upper left, as in torch SDPA).
         scale: of the logits; 1 / sqrt(dim) if None.
+        impl: "auto" takes the fastest backend that supports the call; a named one never falls back.
 
     Returns:
         output (B, Hq, q, value dim) and log-sum-exp (B, Hq, q, natural log), both float32, ready
@@ -55,6 +58,7 @@ def attention(
 
     Raises:
         InputError: for shapes or dtypes that do not fit.
+        UnsupportedError: if a named backend cannot run the call.
 
     Source: arXiv 1706.03762, section 3.2.1; arXiv 2504.19874, Algorithm 1.
     Cost: reads the codes of K and V once; extra memory is a few tiles.
@@ -67,7 +71,7 @@ def attention(
         check_statistic(f"the shift of {name}", operand.shift, shape)
         check_statistic(f"the equalizer of {name}", operand.equalizer, shape)
     _check_shapes(query, key.packed, value.packed, mask)
-    return op.attention(
+    arguments = (
         query,
         key.packed,
         key.scales,
@@ -83,6 +87,7 @@ def attention(
         key.spec.key,
         value.spec.key,
     )
+    return op.attention(*arguments) if impl == "auto" else run("attention", impl, *arguments)
 
 
 def _check_shapes(

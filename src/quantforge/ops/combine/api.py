@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quantforge.ops._library import Impl, run
 from quantforge.ops.checks import (
     check_batch,
     check_floating,
@@ -23,6 +24,7 @@ def combine(
     *,
     shift: torch.Tensor | None = None,
     equalizer: torch.Tensor | None = None,
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Add up packed vectors with weights: `weights @ X`, X never decoded in full.
 
@@ -33,12 +35,14 @@ def combine(
         spec: the code.
         shift: as given to `quantize`.
         equalizer: as given to `quantize`.
+        impl: "auto" takes the fastest backend that supports the call; a named one never falls back.
 
     Returns:
         (..., q, dim) in the dtype of weights, accumulated in float32.
 
     Raises:
         InputError: for shapes that do not fit.
+        UnsupportedError: if a named backend cannot run the call.
 
     Source: arXiv 2504.19874, Algorithm 1; rotation is linear, so it is undone once per sum.
     Cost: reads `bits / 8` bytes per number, once for all weights.
@@ -50,4 +54,5 @@ def combine(
     shape = torch.Size((*packed.shape[:-1], spec.dim))
     check_statistic("shift", shift, shape)
     check_statistic("equalizer", equalizer, shape)
-    return op.combine(weights, packed, scales, shift, equalizer, spec.key)
+    arguments = (weights, packed, scales, shift, equalizer, spec.key)
+    return op.combine(*arguments) if impl == "auto" else run("combine", impl, *arguments)

@@ -18,8 +18,9 @@ def scores(
     shift: torch.Tensor | None,
     equalizer: torch.Tensor | None,
     spec_key: str,
+    precision: str = "exact",
 ) -> torch.Tensor:
-    """Implement `quantforge::scores` on any device."""
+    """Implement `quantforge::scores` on any device: exact whatever the precision."""
     spec = QuantSpec.from_key(spec_key)
     parts = components(spec, packed.device)
     equalized = equalize_query(query, equalizer)

@@ -15,6 +15,7 @@ def fake(
     shift: torch.Tensor | None,
     equalizer: torch.Tensor | None,
     spec_key: str,
+    precision: str = "exact",
 ) -> torch.Tensor:
     """Return an empty output of the right shape."""
     return eager.output_like(query, packed)
@@ -22,7 +23,7 @@ def fake(
 
 scores = register(
     "scores(Tensor query, Tensor packed, Tensor scales, Tensor? shift, Tensor? equalizer, "
-    "str spec) -> Tensor",
+    'str spec, str precision="exact") -> Tensor',
     fake=fake,
     eager=eager.scores,
     fast=("triton", "native"),
