@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from quantforge.ops.kernels.arguments import Statistics, statistics_of
 from quantforge.ops.kernels.axes import TOO_MANY, Axes, merge, row_strides
-from quantforge.ops.kernels.quantize_launch import Statistics, launch, statistics_of, why_not
+from quantforge.ops.kernels.quantize_launch import launch, why_not
 from quantforge.spec import QuantSpec
 
 

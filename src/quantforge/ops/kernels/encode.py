@@ -33,15 +33,20 @@ def reciprocal(x):
 
 
 @triton.jit
-def power_of_two(v, LAYOUT: tl.constexpr):
-    """Return `p = 2^floor(log2 max|v|)` per row, at least 2^-126, and 1 / p: (ROWS, 1).
+def power_from_peak(peak):
+    """Return `p = 2^floor(log2 peak)`, at least 2^-126, and 1 / p.
 
     The exponent of 1 / p is 254 less that of p, but 2^-127 is not a normal number.
     """
-    peak = per_row(tl.max(tl.abs(v), axis=1), LAYOUT)
     bits = tl.maximum(peak.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
     inverse = tl.where(bits == 0x7F000000, 0x00400000, 0x7F000000 - bits)
     return bits.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(v, LAYOUT: tl.constexpr):
+    """Return `power_from_peak` of max|v| per row, each (ROWS, 1)."""
+    return power_from_peak(per_row(tl.max(tl.abs(v), axis=1), LAYOUT))
 
 
 @triton.jit

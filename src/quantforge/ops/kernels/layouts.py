@@ -62,6 +62,18 @@ def first_columns(layout: Any, width: int) -> Any:
     return gl.DistributedLinearLayout(bases, layout.lane_bases, layout.warp_bases, [], shape)
 
 
+@triton.constexpr_function
+def every_fourth(layout: Any) -> Any:
+    """Return the layout (rows, width / 4) of every fourth column of a tile (rows, width)."""
+    if layout is None:
+        return None
+    kept = [[row, column // 4] for row, column in layout.reg_bases if row or column >= 4]
+    lanes = [[row, column // 4] for row, column in layout.lane_bases]
+    warps = [[row, column // 4] for row, column in layout.warp_bases]
+    shape = [layout.shape[0], layout.shape[1] // 4]
+    return gl.DistributedLinearLayout(kept, lanes, warps, [], shape)
+
+
 @triton.jit
 def columns(x, N: tl.constexpr, LAYOUT: tl.constexpr):
     """Return x (ROWS, N) or (ROWS, 1) in the layout of the first N columns of a tile."""
@@ -106,13 +118,20 @@ LANES = 5
 
 
 @lru_cache(maxsize=256)
-def lane_tile(width: int, low_bits: int, high_bits: int, num_warps: int) -> Tile | None:
+def lane_tile(
+    width: int, low_bits: int, high_bits: int, num_warps: int, *, reverse_rows: bool = False
+) -> Tile | None:
     """Return a tile whose vectors of `width` (a power of two) lie in `2^lane_bits` lanes each.
 
         channel    [ high bits: registers ][ middle bits: lanes ][ low bits: registers ]
+        row        [ warps ][ remaining lanes ]
 
     A thread so loads runs of 2^low_bits channels, and what pairs a channel with one half or a
     quarter of the vector away needs no other lane. None where the middle exceeds a warp.
+
+    `reverse_rows` gives rows to the warps the other way round. A gather between tiles that differ
+    in that goes through shared memory; within a warp Triton would shuffle and select, which is
+    eight times the instructions.
     """
     bits = width.bit_length() - 1
     low = min(low_bits, bits)
@@ -121,14 +140,12 @@ def lane_tile(width: int, low_bits: int, high_bits: int, num_warps: int) -> Tile
         return None
     registers = [[0, 1 << b] for b in (*range(low), *range(low + lanes, bits))]
     lane_bases = [[0, 1 << (low + b)] for b in range(lanes)]
-    rows = 1
-    while len(lane_bases) < LANES:
-        lane_bases.append([rows, 0])
-        rows *= 2
-    warps = []
-    for _ in range(num_warps.bit_length() - 1):
-        warps.append([rows, 0])
-        rows *= 2
+    rows = num_warps << (LANES - lanes)
+    row_bases = [[1 << b, 0] for b in range(rows.bit_length() - 1)]
+    if reverse_rows:
+        row_bases.reverse()
+    lane_bases += row_bases[: LANES - lanes]
+    warps = row_bases[LANES - lanes :]
     layout = gl.DistributedLinearLayout(registers, lane_bases, warps, [], [rows, width])
     return Tile(rows, num_warps, layout, low, lanes)
 
@@ -143,9 +160,9 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         """Return a launcher for a grid."""
 
-        def launch(*args: Any, LAYOUT: Any = None, **options: Any) -> Any:
+        def launch(*, LAYOUT: Any, **arguments: Any) -> Any:
             compiled = self.triton if LAYOUT is None else self.gluon
-            return compiled[grid](*args, LAYOUT=LAYOUT, **options)
+            return compiled[grid](LAYOUT=LAYOUT, **arguments)
 
         return launch
 

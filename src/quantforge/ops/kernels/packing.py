@@ -1,4 +1,4 @@
-"""Codes to bytes: the planes of `numerics.packing`, written from a tile of rows.
+"""Codes to bytes and back: the planes of `numerics.packing`, in a tile of rows.
 
 A vector is `odd * 2^k` channels in a tile of `2^j` columns. A plane of width w puts a channel and
 those `odd * 2^k * w / 8` bytes away into one byte, so the tile is cut into chunks of that size over
@@ -83,3 +83,43 @@ def store_codes(
             codes, row_pointers + PLANES[plane][2], mask,
             ROWS, N, DIM, ODD, PLANES[plane][0], PLANES[plane][1], LAYOUT,
         )  # fmt: skip
+
+
+@triton.jit
+def joined(parts, ROWS: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
+    """Invert `chunks`: COUNT tensors (ROWS, N / COUNT) to the columns of one (ROWS, N)."""
+    for level in tl.static_range(8):
+        if (COUNT >> level) > 1:
+            pairs = ()
+            for i in tl.static_range((COUNT >> level) // 2):
+                pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
+                pairs = pairs + (tl.reshape(pair, (ROWS, (N // COUNT) << (level + 1))),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def load_codes(
+    row_pointers, byte_stride, mask,
+    ROWS: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Return codes (ROWS, N), int32, of vectors whose length is a power of two.
+
+    `row_pointers` and `mask` are columns (ROWS, 1). Instructions per element: 1-2 for each plane.
+    """
+    for plane in tl.static_range(len(PLANES)):
+        bytes_ = columns(row_pointers, N * PLANES[plane][0] // 8, LAYOUT)
+        column = column_axis(N * PLANES[plane][0] // 8, LAYOUT) + PLANES[plane][2]
+        wanted = columns(mask, N * PLANES[plane][0] // 8, LAYOUT)
+        data = tl.load(bytes_ + column.to(tl.int64) * byte_stride, mask=wanted, other=0)
+        data = data.to(tl.int32)
+        fields = ()
+        for slot in tl.static_range(8 // PLANES[plane][0]):
+            field = (data >> (slot * PLANES[plane][0])) & ((1 << PLANES[plane][0]) - 1)
+            fields = fields + (field << PLANES[plane][1],)
+        part = columns(joined(fields, ROWS, N, 8 // PLANES[plane][0]), N, LAYOUT)
+        if plane == 0:
+            codes = part
+        else:
+            codes = codes | part
+    return codes

@@ -15,43 +15,43 @@ import triton.language as tl
 
 from quantforge.ops.kernels.codebook import nearest
 from quantforge.ops.kernels.encode import power_of_two, reciprocal, scale_factor, tree_sum
-from quantforge.ops.kernels.layouts import channel_axis, kernel, row_axis
+from quantforge.ops.kernels.layouts import channel_axis, kernel
 from quantforge.ops.kernels.packing import store_codes
+from quantforge.ops.kernels.placement import rows_of_program
 from quantforge.ops.kernels.rotation import butterfly
 
 
 @triton.jit
 def encode_tile(
     v, signs_qjl, channel, table_ptr, packed_rows, scale_rows, scale_column, mask,
-    DIM: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr,
     PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, RULE: tl.constexpr,
     SLOPE: tl.constexpr, CELLS: tl.constexpr,
     SQRT_DIM: tl.constexpr, INV_SQRT_DIM: tl.constexpr, QJL_FACTOR: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Encode and store a tile v (ROWS, N) of prepared vectors, signs of the rotation included.
+    """Encode and store a tile v (ROWS, DIM) of prepared vectors, signs of the rotation included.
 
     `packed_rows`, `scale_rows` and `mask` are columns (ROWS, 1).
     """
     power, inverse_power = power_of_two(v, LAYOUT)
     v = v * inverse_power
-    norm = tl.sqrt_rn(tree_sum(v * v, ROWS, N, LAYOUT))
+    norm = tl.sqrt_rn(tree_sum(v * v, ROWS, DIM, LAYOUT))
     inverse_norm = reciprocal(norm)
-    u = butterfly(v, channel, ROWS, N, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
+    u = butterfly(v, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
     codes, c = nearest(u, table_ptr, SLOPE, CELLS)
-    store_codes(codes, packed_rows, mask, ROWS, N, DIM, 1, PLANES, LAYOUT)
-    factor = scale_factor(u, c, RULE, DIM, ROWS, N, LAYOUT)
-    scale = norm * INV_SQRT_DIM * factor * power
+    store_codes(codes, packed_rows, mask, ROWS, DIM, DIM, 1, PLANES, LAYOUT)
+    scale = norm * INV_SQRT_DIM * scale_factor(u, c, RULE, DIM, ROWS, DIM, LAYOUT) * power
     scale = scale.to(scale_rows.dtype.element_ty)
     tl.store(scale_rows, scale, mask=mask)
     if QJL_PLANES is not None:
         stored = scale.to(tl.float32) * inverse_power
         stored = stored * (inverse_norm * SQRT_DIM)
         left = u - stored * c
-        turned = butterfly(left * signs_qjl, channel, ROWS, N, FIRST_LANE_BIT, LANE_BITS)
+        turned = butterfly(left * signs_qjl, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS)
         positive = (turned > 0.0).to(tl.int32)
-        store_codes(positive, packed_rows, mask, ROWS, N, DIM, 1, QJL_PLANES, LAYOUT)
-        left_norm = tl.sqrt_rn(tree_sum(left * left, ROWS, N, LAYOUT))
+        store_codes(positive, packed_rows, mask, ROWS, DIM, DIM, 1, QJL_PLANES, LAYOUT)
+        left_norm = tl.sqrt_rn(tree_sum(left * left, ROWS, DIM, LAYOUT))
         left_scale = left_norm * norm * QJL_FACTOR * power
         left_scale = left_scale.to(scale_rows.dtype.element_ty)
         tl.store(scale_rows + scale_column, left_scale, mask=mask)
@@ -72,22 +72,8 @@ def quantize_rows(
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Quantize rows of x into rows `position ..` of packed and scales. `total` counts all rows."""
-    program = tl.program_id(0)
     channel = channel_axis(DIM, LAYOUT)
-    local = row_axis(ROWS, LAYOUT)
-    if PER_ROW:
-        index = program * ROWS + local
-        last = tl.where(index < total, n, 0)
-        index = tl.minimum(index, total - 1)  # statistics are loaded without a mask
-        lead = (index // n).to(tl.int64)
-        row = index - lead * n
-    else:
-        programs_per_head = tl.cdiv(n, ROWS * TILES)
-        lead = (program // programs_per_head).to(tl.int64)
-        row = (program % programs_per_head).to(tl.int64) * (ROWS * TILES) + local
-        last = n
-    batch = lead // heads
-    head = lead - batch * heads
+    batch, head, row, end = rows_of_program(n, heads, total, ROWS, TILES, PER_ROW, LAYOUT)
     if position_ptr is not None:
         start = tl.load(position_ptr)
     else:
@@ -106,21 +92,21 @@ def quantize_rows(
     x_rows = x_ptr + batch * x_batch + head * x_head + channel.to(tl.int64) * x_channel
     packed_rows = packed_ptr + batch * packed_batch + head * packed_head
     scale_rows = scales_ptr + batch * scales_batch + head * scales_head
-    x = tl.load(x_rows + row * x_row, mask=row < last, other=0.0)
+    x = tl.load(x_rows + row * x_row, mask=row < end, other=0.0)
     for tile in range(TILES):
         following = row + ROWS
-        wanted = (following < last) & (tile + 1 < TILES)
+        wanted = (following < end) & (tile + 1 < TILES)
         x_next = tl.load(x_rows + following * x_row, mask=wanted, other=0.0)
         v = x.to(tl.float32)
         if shift_ptr is not None:
             v = v - shift
         v = v * factor
         target = start + row
-        mask = (row < last) & (target >= 0) & (target < capacity)
+        mask = (row < end) & (target >= 0) & (target < capacity)
         encode_tile(
             v, signs_qjl, channel, table_ptr,
             packed_rows + target * packed_row, scale_rows + target * scales_row, scales_column,
-            mask, DIM, DIM, ROWS, PLANES, QJL_PLANES, RULE, SLOPE, CELLS,
+            mask, DIM, ROWS, PLANES, QJL_PLANES, RULE, SLOPE, CELLS,
             SQRT_DIM, INV_SQRT_DIM, QJL_FACTOR, FIRST_LANE_BIT, LANE_BITS, LAYOUT,
         )  # fmt: skip
         x, row = x_next, following

@@ -76,3 +76,29 @@ def dense_stage(parts, SIGNS: tl.constexpr, M: tl.constexpr):
                 total = total + parts[j]
         sums = sums + (total,)
     return sums
+
+
+@triton.jit
+def four_columns(x, ROWS: tl.constexpr, G: tl.constexpr):
+    """Return columns 4 g + i of x (ROWS, 4 G) as one tensor (ROWS, G) for each i."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, G, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def interleaved(
+    parts, ROWS: tl.constexpr, G: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """Return (ROWS, G PADDED) whose column `g PADDED + j` is parts[j], for j < M <= PADDED."""
+    full = parts
+    for _ in tl.static_range(M, PADDED):
+        full = full + (parts[0],)
+    for level in tl.static_range(5):
+        if (PADDED >> level) > 1:
+            pairs = ()
+            for j in tl.static_range((PADDED >> level) // 2):
+                pairs = pairs + (tl.join(full[j], full[j + (PADDED >> level) // 2]),)
+            full = pairs
+    return tl.reshape(full[0], (ROWS, G * PADDED))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from quantforge.numerics.packing import packed_width
+from quantforge.ops.kernels.arguments import statistics_of
 from quantforge.ops.kernels.axes import TOO_MANY, merge, row_strides
-from quantforge.ops.kernels.quantize_launch import launch, statistics_of, why_not
+from quantforge.ops.kernels.quantize_launch import launch, why_not
 from quantforge.spec import QuantSpec
 
 
