@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 _ZERO = np.zeros(1, np.int64)
 
 
-class Callable(Protocol):
+class Callee(Protocol):
     """The part of a `Library` that the check needs."""
 
     byte_offset: int
@@ -34,7 +34,7 @@ def rows_of(array: NDArray) -> Rows:
     return Rows(array.ctypes.data, _ZERO.ctypes.data, array.strides[0])
 
 
-def self_check(library: Callable) -> str | None:
+def self_check(library: Callee) -> str | None:
     """Return what the library computes wrongly, or None."""
     for spec in SPECS:
         x = np.random.RandomState(spec.dim).standard_normal((VECTORS, spec.dim))
@@ -51,7 +51,7 @@ def self_check(library: Callable) -> str | None:
     return None
 
 
-def _quantize(library: Callable, code: NativeCode, x: NDArray, spec: QuantSpec) -> Encoded:
+def _quantize(library: Callee, code: NativeCode, x: NDArray, spec: QuantSpec) -> Encoded:
     packed = np.empty((len(x), packed_width(spec)), np.uint8)
     scales = np.empty((len(x), 1), spec.scale_dtype)
     out = Packed(code.address, rows_of(packed), rows_of(scales))
@@ -61,7 +61,7 @@ def _quantize(library: Callable, code: NativeCode, x: NDArray, spec: QuantSpec) 
 
 
 def _scores_agree(
-    library: Callable, code: NativeCode, query: NDArray, encoded: Encoded, spec: QuantSpec
+    library: Callee, code: NativeCode, query: NDArray, encoded: Encoded, spec: QuantSpec
 ) -> bool:
     operand = Packed(code.address, rows_of(encoded.packed), rows_of(encoded.scales))
     rotated = np.ascontiguousarray(query @ rotation_matrix(spec).T, np.float32)
