@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from quantforge.ops.kernels.arguments import statistics_of
+from quantforge.ops.kernels.arguments import statistics_of, why_not
 from quantforge.ops.kernels.axes import TOO_MANY, merge, row_strides
-from quantforge.ops.kernels.dequantize_launch import launch, why_not
+from quantforge.ops.kernels.dequantize_launch import launch
 from quantforge.spec import QuantSpec
 
 

@@ -1,28 +1,24 @@
-"""Launching the kernel that dequantizes rows."""
+"""Launching the kernels that dequantize rows."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from quantforge.numerics.encode import encode_constants
+from quantforge.numerics.hadamard import base_matrix
 from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
-from quantforge.ops.kernels import arguments
-from quantforge.ops.kernels.arguments import Statistics, grid_of, plane_list
+from quantforge.ops.kernels.arguments import Statistics, grid_of, plane_list, signs_of_rows
 from quantforge.ops.kernels.axes import Axes
+from quantforge.ops.kernels.dequantize_odd_rows import dequantize_odd_rows
 from quantforge.ops.kernels.dequantize_rows import dequantize_rows
-from quantforge.ops.kernels.tuning import placement
+from quantforge.ops.kernels.tuning import odd_factor, placement
 from quantforge.spec import QuantSpec
 
 AXES = ("batch", "head", "row")
-
-
-def why_not(spec: QuantSpec, packed: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Return why no kernel can dequantize rows of a spec, or None."""
-    if spec.dim & (spec.dim - 1):
-        return f"dim {spec.dim} is no power of two"
-    return arguments.why_not(spec, packed, dtype)
 
 
 def launch(
@@ -48,7 +44,7 @@ def launch(
     }
     shift_batch, shift_head, equalizer_batch, equalizer_head = statistics.strides(axes)
     qjl_signs = constants.signs(spec.dim, qjl_seed(spec.seed), packed.device) if is_prod else None
-    dequantize_rows[(grid.programs,)](
+    common: dict[str, Any] = dict(
         out_ptr=out,
         packed_ptr=packed,
         scales_ptr=scales,
@@ -74,8 +70,22 @@ def launch(
         PLANES=plane_list(spec),
         QJL_PLANES=((1, 0, row_bytes(spec.dim, spec.code_bits)),) if is_prod else None,
         INV_SQRT_DIM=encode_constants(spec.dim).inv_sqrt_dim,
-        FIRST_LANE_BIT=place.tile.first_lane_bit,
-        LANE_BITS=place.tile.lane_bits,
-        LAYOUT=place.tile.layout,
         num_warps=place.tile.num_warps,
+    )
+    if place.runs is None:
+        dequantize_rows[(grid.programs,)](
+            **common,
+            FIRST_LANE_BIT=place.tile.first_lane_bit,
+            LANE_BITS=place.tile.lane_bits,
+            LAYOUT=place.tile.layout,
+        )
+        return
+    order = 4 * odd_factor(spec.dim)
+    dequantize_odd_rows[(grid.programs,)](
+        **common,
+        M=order,
+        SIGNS=signs_of_rows(base_matrix(order).T),
+        FIRST_LANE_BIT=place.runs.first_lane_bit - 2,
+        LANE_BITS=place.runs.lane_bits,
+        LAYOUT=place.runs.layout,
     )

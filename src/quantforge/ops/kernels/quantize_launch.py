@@ -12,7 +12,7 @@ from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
 from quantforge.ops.kernels import arguments
-from quantforge.ops.kernels.arguments import Statistics, grid_of, plane_list
+from quantforge.ops.kernels.arguments import Statistics, grid_of, plane_list, signs_of_rows
 from quantforge.ops.kernels.axes import Axes
 from quantforge.ops.kernels.codebook import cells_of
 from quantforge.ops.kernels.quantize_odd_rows import quantize_odd_rows
@@ -28,11 +28,6 @@ def why_not(spec: QuantSpec, x: torch.Tensor) -> str | None:
     if spec.estimator == "prod" and spec.dim & (spec.dim - 1):
         return f"the QJL residual of dim {spec.dim}, no power of two"
     return arguments.why_not(spec, x, x.dtype)
-
-
-def signs_of_rows(matrix: Any) -> tuple[int, ...]:
-    """Return one integer per row of a matrix of +-1, with bit j set where entry j is -1."""
-    return tuple(sum(1 << j for j, entry in enumerate(row) if entry < 0) for row in matrix)
 
 
 def launch(

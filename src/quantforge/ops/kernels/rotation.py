@@ -88,6 +88,13 @@ def four_columns(x, ROWS: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
+def from_four(first, second, third, fourth, ROWS: tl.constexpr, G: tl.constexpr):
+    """Invert `four_columns`."""
+    even, odd = tl.join(first, third), tl.join(second, fourth)
+    return tl.reshape(tl.join(even, odd), (ROWS, 4 * G))
+
+
+@triton.jit
 def interleaved(
     parts, ROWS: tl.constexpr, G: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
