@@ -38,7 +38,7 @@ LAYERS = (
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MUTUAL = ({"dispatch", "tensor"}, {"arrays", "io", "pipeline", "quantizer"})
 NO_TORCH = ("errors", "spec", "config", "numerics")
-OPS = ("attention", "cache_append", "combine", "dequantize", "quantize", "scores")
+OPS = ("attention", "cache_append", "combine", "dequantize", "quantize", "scores", "search")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,8 +3,10 @@
     quantize       x -> packed, scales
     dequantize     packed, scales -> x
     scores         q @ X^T
+    search         the k best of q @ X^T
     combine        w @ X
     attention      softmax(q K^T) V, and its log-sum-exp
+    decode_attention   the same for the last tokens, over pages and a dense remainder
     cache_append   quantize into preallocated buffers, in place
 
 A folder holds `api` (the public function), `op` (schema, fake and registration), `reference`
@@ -14,8 +16,19 @@ A folder holds `api` (the public function), `op` (schema, fake and registration)
 from quantforge.ops.attention.api import attention
 from quantforge.ops.cache_append.api import cache_append
 from quantforge.ops.combine.api import combine
+from quantforge.ops.decode_attention.api import decode_attention
 from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.quantize.api import quantize
 from quantforge.ops.scores.api import scores
+from quantforge.ops.search.api import search
 
-__all__ = ["attention", "cache_append", "combine", "dequantize", "quantize", "scores"]
+__all__ = [
+    "attention",
+    "cache_append",
+    "combine",
+    "decode_attention",
+    "dequantize",
+    "quantize",
+    "scores",
+    "search",
+]

@@ -1,0 +1,299 @@
+"""Launches of the products of queries with codes: which kernel, in which shape.
+
+queries   codes        kernel               operands                  error of a score
+<= 8      1-4 bits     integer_products     2 digits (fp16, bf16)     6e-5 of its deviation
+                                            3 digits (fp32)           4e-7
+more      1-4 bits     matrix_products      fp16, by permutes         2e-4
+any       others,      matrix_products      fp16 or fp32 (3 tf32      2e-4, 4e-7
+          fp32 query                        products), by a table
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+
+from quantforge.numerics.packing import planes
+from quantforge.ops.kernels import decode
+from quantforge.ops.kernels.decode import Form, Layout
+from quantforge.ops.kernels.products import integer_products, matrix_products
+from quantforge.ops.kernels.query import project
+from quantforge.ops.kernels.rows import Product, Rows
+from quantforge.ops.launch import INTERPRET, multiprocessors
+from quantforge.spec import QuantSpec
+
+MAX_INTEGER_QUERIES = 8
+MIN_PERMUTE_ALIGNMENT = 4
+
+
+@dataclass(frozen=True)
+class IntegerTuning:
+    """Shape of `integer_products`."""
+
+    rows: int
+    stages: int
+    unroll: int
+    group: int
+
+
+@dataclass(frozen=True)
+class MatrixTuning:
+    """Shape of `matrix_products` for up to `queries` queries."""
+
+    queries: int
+    rows: int
+    warps: int
+    stages: int
+    group: int
+
+
+# untuned (compiled for sm_90: no spills, 102-116 registers, 16 warps of 32 rows per SM)
+INTEGER = IntegerTuning(rows=32, stages=3, unroll=1, group=256)
+# untuned (compiled for sm_90: no spills; 128 x 128 leaves room for two programs per SM, of which
+# one decodes while the other multiplies)
+MATRIX = (
+    MatrixTuning(queries=16, rows=64, warps=4, stages=3, group=256),
+    MatrixTuning(queries=32, rows=64, warps=4, stages=3, group=256),
+    MatrixTuning(queries=64, rows=64, warps=4, stages=3, group=256),
+    MatrixTuning(queries=128, rows=128, warps=4, stages=3, group=256),
+)
+# float32 operands are twice as wide and three products each
+MATRIX_FLOAT32 = (
+    MatrixTuning(queries=16, rows=64, warps=4, stages=1, group=256),
+    MatrixTuning(queries=64, rows=64, warps=4, stages=1, group=256),
+)
+
+
+def permutes_on(rows: Rows, spec: QuantSpec) -> bool:
+    """Return whether codes are looked up by permutes: on NVIDIA, from words of four bytes."""
+    if rows.packed.device.type == "cuda" and torch.version.hip:
+        return False
+    return decode.permutes(spec) is None and rows.alignment % MIN_PERMUTE_ALIGNMENT == 0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of rows whose best scores were found: group g of `classes` per range of rows.
+
+    Its rows are `g // classes * span + g % classes + classes * i`, for i below `size`.
+    """
+
+    classes: int
+    span: int
+
+    @property
+    def size(self) -> int:
+        """Rows in a group."""
+        return self.span // self.classes
+
+
+def score(p: Product, dtype: torch.dtype) -> torch.Tensor:
+    """Return scores (heads, q, n)."""
+    q = p.query.shape[1]
+    exact = p.query.dtype in (torch.float32, torch.float64)
+    if q <= MAX_INTEGER_QUERIES and permutes_on(p.rows, p.spec):
+        return _integer(p, exact, dtype)
+    out = p.query.new_empty((p.query.shape[0], q, p.n), dtype=dtype)
+    _matrix(p, exact, out, None, 1)
+    return out
+
+
+def scan(p: Product, bitmap: torch.Tensor | None) -> tuple[torch.Tensor, Groups]:
+    """Return the best score of each group of rows, (q, groups) float32 without offsets.
+
+    Queries of any dtype are taken at the accuracy of float16. Groups without an allowed row
+    have -inf.
+    """
+    q = p.query.shape[1]
+    if q <= MAX_INTEGER_QUERIES and permutes_on(p.rows, p.spec):
+        tiles = INTEGER.group // INTEGER.rows
+        groups = Groups(1, INTEGER.rows * tiles)
+        out = p.query.new_empty((q, -(-p.n // groups.span)), dtype=torch.float32)
+        _launch_integer(p, False, out, bitmap, tiles, 1)
+        return out, groups
+    tuning = _matrix_tuning(q, False)
+    wanted = tuning.group * 8 * tuning.warps // tuning.rows
+    programs = -(-p.n // tuning.rows) * -(-q // tuning.queries)
+    tiles = 1
+    while tiles < wanted and programs >= 8 * tiles * multiprocessors(p.query.device):
+        tiles *= 2
+    groups = Groups(8 * tuning.warps, tuning.rows * tiles)
+    spans = -(-p.n // groups.span)
+    out = p.query.new_empty((q, spans * groups.classes), dtype=torch.float32)
+    _matrix(p, False, out, bitmap, tiles)
+    return out, groups
+
+
+def _splits(p: Product, programs: int, layout: Layout) -> int:
+    """Return into how many shares of its bytes a row is cut, to fill the GPU with few rows."""
+    steps, splits = layout.padded // layout.tile, 1
+    while 2 * splits <= steps and programs * splits < 8 * multiprocessors(p.query.device):
+        splits *= 2
+    return splits
+
+
+def _integer(p: Product, exact: bool, dtype: torch.dtype) -> torch.Tensor:
+    heads, q = p.query.shape[:2]
+    programs = heads * -(-p.n // INTEGER.rows)
+    splits = _splits(p, programs, decode.layout_of(p.spec, "int8"))
+    kind = dtype if splits == 1 else torch.float32
+    out = p.query.new_empty((splits, heads, q, p.n), dtype=kind)
+    offsets = _launch_integer(p, exact, out, None, 1, splits)
+    if splits == 1:
+        return out[0]
+    total = out.sum(0)
+    return (total if offsets is None else total.add_(offsets.unsqueeze(-1))).to(dtype)
+
+
+def _launch_integer(
+    p: Product,
+    exact: bool,
+    out: torch.Tensor,
+    bitmap: torch.Tensor | None,
+    tiles: int,
+    splits: int,
+) -> torch.Tensor | None:
+    """Run `integer_products`; returns the offsets, which it adds unless rows are split."""
+    heads, q = p.query.shape[:2]
+    spec = p.spec
+    layout = decode.layout_of(spec, "int8")
+    digits = 1 if spec.code_bits == 1 else 3 if exact else 2
+    query_digits = 4 if exact else 2
+    per_tile = 8 // query_digits
+    while per_tile < q and per_tile < MAX_INTEGER_QUERIES:
+        per_tile *= 2
+    grid = (splits * -(-p.n // (INTEGER.rows * tiles)), -(-q // per_tile), heads)
+    if 0 in grid:
+        return None
+    _, unit = decode.digits_of(spec, digits)
+    queries = project(
+        p.query,
+        p.shift,
+        p.equalizer,
+        spec,
+        layout,
+        digits=query_digits,
+        per_tile=per_tile,
+        unit=unit,
+    )
+    scanning = out.ndim == 2
+    program = decode.int_program(spec.code_bits, digits)
+    with_offsets = queries.offsets is not None and splits == 1 and not scanning
+    integer_products[grid](
+        *_common_arguments(p, decode.tables(spec, "int8", digits, out.device), queries.rows),
+        queries.weights,
+        queries.weights if queries.offsets is None else queries.offsets,
+        queries.weights if bitmap is None else bitmap,
+        out,
+        p.n,
+        q,
+        p.rows.heads[1],
+        tiles,
+        *_strides(p.rows, _alignment(p.rows, layout)),
+        BITS=spec.code_bits,
+        STRIDE=layout.stride,
+        OFFSET=_one_bit_offset(spec),
+        PADDED=layout.padded,
+        PARTS=layout.parts,
+        TILE=layout.tile,
+        ALIGNMENT=_alignment(p.rows, layout),
+        ASM=program.text,
+        CONSTRAINTS=program.constraints,
+        REGISTERS=program.registers,
+        DIGITS=digits,
+        SETS=decode.digit_sets(spec),
+        BASE=decode.digit_base(spec),
+        ROWS=INTEGER.rows,
+        QUERIES=per_tile,
+        QUERY_DIGITS=query_digits,
+        SPLITS=splits,
+        SCAN=scanning,
+        OFFSETS=with_offsets,
+        BITMAP=bitmap is not None,
+        STAGES=INTEGER.stages,
+        UNROLL=INTEGER.unroll,
+        num_warps=1,
+    )
+    return queries.offsets
+
+
+def _matrix_tuning(q: int, exact: bool) -> MatrixTuning:
+    table = MATRIX_FLOAT32 if exact else MATRIX
+    return next((row for row in table if q <= row.queries), table[-1])
+
+
+def _matrix(
+    p: Product, exact: bool, out: torch.Tensor, bitmap: torch.Tensor | None, tiles: int
+) -> None:
+    """Run `matrix_products`."""
+    heads, q = p.query.shape[:2]
+    spec, tuning = p.spec, _matrix_tuning(q, exact)
+    permute = not exact and not INTERPRET and permutes_on(p.rows, spec)
+    form: Form = "fp16" if permute else "table"
+    layout = decode.layout_of(spec, form)
+    query_tiles = -(-q // tuning.queries)
+    grid = (-(-p.n // (tuning.rows * tiles)) * query_tiles, heads)
+    if 0 in grid:
+        return
+    dtype = torch.float32 if exact else torch.float16
+    queries = project(p.query, p.shift, p.equalizer, spec, layout, dtype=dtype)
+    scanning = out.ndim == 2
+    program = decode.half_program(spec.code_bits) if permute else decode.NO_PROGRAM
+    alignment = _alignment(p.rows, layout)
+    matrix_products[grid](
+        *_common_arguments(p, decode.tables(spec, form, 0, out.device), queries.rows),
+        queries.weights,
+        queries.weights if queries.offsets is None else queries.offsets,
+        queries.weights if bitmap is None else bitmap,
+        out,
+        p.n,
+        q,
+        p.rows.heads[1],
+        tiles,
+        *_strides(p.rows, alignment),
+        BITS=spec.code_bits,
+        DIM=spec.dim,
+        STRIDE=layout.stride,
+        OFFSET=_one_bit_offset(spec),
+        PADDED=layout.padded,
+        PARTS=layout.parts,
+        TILE=layout.tile,
+        ALIGNMENT=alignment,
+        PERMUTE=permute,
+        ASM=program.text,
+        CONSTRAINTS=program.constraints,
+        PLANES=decode.plane_fields(spec),
+        PRECISION="tf32x3" if exact else "tf32",
+        ROWS=tuning.rows,
+        QUERIES=tuning.queries,
+        WARPS=tuning.warps,
+        SCAN=scanning,
+        OFFSETS=queries.offsets is not None and not scanning,
+        BITMAP=bitmap is not None,
+        STAGES=tuning.stages,
+        num_warps=tuning.warps,
+    )
+
+
+def _common_arguments(
+    p: Product, table: torch.Tensor, queries: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return p.rows.packed, p.rows.scales, table, queries
+
+
+def _strides(rows: Rows, alignment: int) -> tuple[int, ...]:
+    """Return strides of packed in units of the alignment, then those of scales."""
+    return (*(stride // alignment for stride in rows.strides[0]), *rows.strides[1])
+
+
+def _alignment(rows: Rows, layout: Layout) -> int:
+    """Return the bytes a lane loads at once: a quarter of a tile, so that four lanes load it."""
+    alignment = gcd(rows.alignment, layout.stride) if layout.form != "table" else rows.alignment
+    return min(alignment, max(layout.tile // 4, 1))
+
+
+def _one_bit_offset(spec: QuantSpec) -> int:
+    """Return where the 1-bit plane of 3-bit codes begins."""
+    return planes(spec.dim, 3)[1].offset if spec.code_bits == 3 else 0

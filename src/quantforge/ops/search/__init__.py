@@ -1,0 +1,1 @@
+"""The best scores of queries against packed vectors, and whose they are."""
