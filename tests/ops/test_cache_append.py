@@ -184,3 +184,59 @@ def test_opcheck(spec: QuantSpec, statistic: Statistic, device: torch.device) ->
     x = torch.from_numpy(gaussian(2, 4, spec.dim)).to(device)
     position = torch.tensor(3, device=device)
     torch.library.opcheck(op.cache_append, (packed, scales, x, position, *tensors, spec.key))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [96, 128])
+@pytest.mark.parametrize("statistic", ["none", "per_head"])
+def test_captured_graph_appends_as_the_position_grows(statistic: Statistic, dim: int) -> None:
+    """One capture, many replays: the kernel reads the position on the device."""
+    spec, device = QuantSpec(dim, 4), torch.device("cuda")
+    packed, scales = _buffers(spec, 2, 3, device=device)
+    expected = _copy(packed, scales)
+    shift, equalizer = statistics_of(statistic, (2, 3), dim)
+    tensors = [None if s is None else torch.from_numpy(s).to(device) for s in (shift, equalizer)]
+    x, position = torch.zeros(2, 3, 2, dim, device=device), torch.zeros((), dtype=torch.int64)
+    position = position.to(device)
+
+    def step() -> None:
+        cache_append(
+            packed,
+            scales,
+            x,
+            position,
+            spec,
+            shift=tensors[0],
+            equalizer=tensors[1],
+            impl="triton",
+        )
+        position.add_(2)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles, and makes constants
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    position.zero_()
+    for start in range(0, CAPACITY, 2):
+        values = gaussian(2, 3, 2, dim, seed=start)
+        x.copy_(torch.from_numpy(values))
+        graph.replay()
+        reference(expected, values, start, spec, shift, equalizer)
+    assert_same_bits(packed, scales, expected)
+
+
+@pytest.mark.gpu
+def test_kernel_writes_nothing_past_the_capacity() -> None:
+    """On a device the range is not checked; rows outside are dropped, memory beside them stays."""
+    spec, device = QuantSpec(64, 4), torch.device("cuda")
+    packed, scales = _buffers(spec, 4, device=device)
+    before = _copy(packed, scales)
+    x = torch.from_numpy(gaussian(2, 4, 64)).to(device)
+    for position in (CAPACITY, CAPACITY + 1, -4):
+        at = torch.tensor(position, device=device)
+        cache_append(packed[1:3], scales[1:3], x, at, spec, impl="triton")
+    assert_same_bits(packed, scales, before)

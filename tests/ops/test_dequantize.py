@@ -201,3 +201,52 @@ def test_opcheck(dtype: torch.dtype, statistic: Statistic, device: torch.device)
 
 def test_decode_is_the_reference() -> None:
     assert reference is decode
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "bits", "estimator", "dtype"),
+    [
+        (64, 4, "mse", torch.float16),
+        (80, 3, "mse", torch.bfloat16),
+        (96, 4, "mse", torch.bfloat16),
+        (96, 8, "prod", torch.float32),
+        (112, 2, "mse", torch.float32),
+        (128, 4, "mse", torch.bfloat16),
+        (128, 3, "prod", torch.float32),
+        (256, 2, "mse", torch.float16),
+        (384, 5, "mse", torch.float64),
+        (768, 4, "mse", torch.float32),
+        (1024, 8, "mse", torch.bfloat16),
+        (1536, 4, "mse", torch.float32),
+        (2048, 6, "mse", torch.float32),
+        (4096, 4, "prod", torch.float32),
+    ],
+)
+def test_kernel_against_oracle(bits: int, dim: int, estimator: str, dtype: torch.dtype) -> None:
+    """The kernel by name: "auto" may choose eager torch, an explicit choice never does."""
+    device = torch.device("cuda")
+    spec = QuantSpec(dim, bits, estimator=estimator)  # type: ignore[arg-type]
+    store = make_store(spec, 3, 90, statistic="per_head", device=device)
+    got = dequantize(
+        store.packed, store.scales, spec, **store.statistics, dtype=dtype, impl="triton"
+    )
+    assert got.dtype == dtype
+    assert_close(got.float() if dtype == torch.float64 else got, [store.naive], store.exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "rows"), [(128, 2**24 + 77), (96, 2**25 - 9)])
+def test_more_than_two_to_the_31_numbers(dim: int, rows: int) -> None:
+    spec, device = QuantSpec(dim, 8), torch.device("cuda")
+    packed = torch.randint(0, 256, (rows, dim), device=device, dtype=torch.uint8)
+    scales = torch.rand(rows, 1, device=device).half()
+    got = dequantize(packed, scales, spec, dtype=torch.bfloat16, impl="triton")
+    assert got.numel() > 2**31
+    middle = 2**31 // dim
+    for part in (slice(0, 300), slice(middle - 150, middle + 150), slice(rows - 300, rows)):
+        alone = dequantize(packed[part], scales[part], spec, dtype=torch.bfloat16, impl="triton")
+        assert torch.equal(got[part], alone)
+        eager = dequantize(packed[part], scales[part], spec, impl="eager")
+        torch.testing.assert_close(alone.float(), eager, rtol=2**-7, atol=1e-4)

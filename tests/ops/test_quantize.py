@@ -331,3 +331,63 @@ def test_opcheck(estimator: str, statistic: Statistic, device: torch.device) -> 
     tensors = [None if s is None else torch.from_numpy(s).to(device) for s in (shift, equalizer)]
     x = torch.from_numpy(gaussian(2, 7, 96)).to(device)
     torch.library.opcheck(op.quantize, (x, *tensors, spec.key))
+
+
+CUDA = torch.device("cuda")
+
+
+def _on_gpu(case: Random, n: int, seed: int) -> tuple[torch.Tensor, dict, QuantSpec]:
+    """Return vectors made on the GPU, with loud channels and magnitudes that differ, for a case."""
+    generator = torch.Generator(CUDA).manual_seed(seed)
+    shape = (2, 2, n // 4) if case.statistic == "per_head" else (n,)
+    x = torch.randn((*shape, case.dim), generator=generator, device=CUDA)
+    x *= torch.exp(2 * torch.randn((*shape, 1), generator=generator, device=CUDA))
+    x[..., :: case.dim // 4] *= 8
+    arrays = zip(
+        ("shift", "equalizer"), statistics_of(case.statistic, shape[:-1], case.dim), strict=True
+    )
+    statistics = {k: None if v is None else torch.from_numpy(v).to(CUDA) for k, v in arrays}
+    spec = QuantSpec(case.dim, case.bits, seed=seed, **case.spec)  # type: ignore[arg-type]
+    return x.clamp_(-3e4, 3e4).to(case.dtype), statistics, spec
+
+
+HAS_KERNEL = [c for c in PLAN if "estimator" not in c.spec or c.dim & (c.dim - 1) == 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", HAS_KERNEL, ids=lambda case: case.name)
+def test_kernel_runs_the_plan(case: Random) -> None:
+    """On a GPU "auto" means the kernel for all of these: an explicit choice never falls back."""
+    x, statistics, spec = _on_gpu(case, 4096, seed=case.dim + case.bits)
+    packed, scales = quantize(x, spec, **statistics, impl="triton")
+    expected = quantize(x, spec, **statistics, impl="eager")
+    assert torch.equal(packed, expected[0])
+    assert torch.equal(scales, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HAS_KERNEL, ids=lambda case: case.name)
+def test_hundred_million_codes_are_identical(case: Random) -> None:
+    """Kernel against eager torch, itself compared with the definition above; 1.7e8 numbers."""
+    for seed in range(2):
+        x, statistics, spec = _on_gpu(case, 2**22 // case.dim, seed)
+        packed, scales = quantize(x, spec, **statistics, impl="triton")
+        expected = quantize(x, spec, **statistics, impl="eager")
+        rows = (packed != expected[0]).any(-1) | (scales != expected[1]).any(-1)
+        assert not bool(rows.any()), f"{int(rows.sum())} of {rows.numel()} vectors differ"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "rows"), [(128, 2**24 + 77), (96, 2**25 - 9)])
+def test_more_than_two_to_the_31_bytes_of_codes(dim: int, rows: int) -> None:
+    spec = QuantSpec(dim, 8)
+    x = torch.randn(rows, dim, device=CUDA, dtype=BF16)
+    packed, scales = quantize(x, spec, impl="triton")
+    assert packed.numel() > 2**31
+    middle = 2**31 // dim
+    for part in (slice(0, 300), slice(middle - 150, middle + 150), slice(rows - 300, rows)):
+        expected = quantize(x[part], spec, impl="eager")
+        assert torch.equal(packed[part], expected[0])
+        assert torch.equal(scales[part], expected[1])

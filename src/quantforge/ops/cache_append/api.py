@@ -38,8 +38,8 @@ def cache_append(
         scales: (..., capacity, 1) or (..., capacity, 2), written.
         x: (..., n, dim) float tensor.
         position: int64 scalar tensor, on the CPU or the buffers' device. On the CPU the range is
-            checked; on a device that would wait for it, and rows beyond the capacity are an error
-            of the device.
+            checked; on a device that would wait for it: beyond the capacity eager torch fails on
+            the device, and the Triton kernel leaves such rows out.
         spec: the code.
         shift: as for `quantize`.
         equalizer: as for `quantize`.

@@ -66,6 +66,14 @@ class Statistics:
         return (*shift[:2], *equalizer[:2])
 
 
+def are_words(packed: torch.Tensor) -> bool:
+    """Return whether rows start at multiples of 4 bytes, but not of 16, and have no gaps."""
+    *strides, last = packed.stride()
+    starts = [packed.data_ptr(), *strides]
+    in_words = last == 1 and all(start % 4 == 0 for start in starts)
+    return in_words and any(start % 16 for start in starts)
+
+
 def statistics_of(shift: torch.Tensor | None, equalizer: torch.Tensor | None) -> Statistics:
     """Return the statistics of a call."""
     return Statistics(_dense_channels(shift), _dense_channels(equalizer))

@@ -11,11 +11,17 @@ from quantforge.numerics.hadamard import base_matrix
 from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
-from quantforge.ops.kernels.arguments import Statistics, grid_of, plane_list, signs_of_rows
+from quantforge.ops.kernels.arguments import (
+    Statistics,
+    are_words,
+    grid_of,
+    plane_list,
+    signs_of_rows,
+)
 from quantforge.ops.kernels.axes import Axes
 from quantforge.ops.kernels.dequantize_odd_rows import dequantize_odd_rows
 from quantforge.ops.kernels.dequantize_rows import dequantize_rows
-from quantforge.ops.kernels.tuning import odd_factor, placement
+from quantforge.ops.kernels.tuning import odd_factor, placement_of
 from quantforge.spec import QuantSpec
 
 AXES = ("batch", "head", "row")
@@ -34,7 +40,7 @@ def launch(
     total = batch * heads * n
     if total == 0:
         return
-    place = placement(spec, packed.device)
+    place = placement_of(spec, packed.device, packs=False)
     grid = grid_of(axes, place, packed.device)
     is_prod = spec.estimator == "prod"
     strides = {
@@ -68,6 +74,7 @@ def launch(
         TILES=grid.tiles,
         PER_ROW=grid.per_row,
         PLANES=plane_list(spec),
+        WORDS=are_words(packed),
         QJL_PLANES=((1, 0, row_bytes(spec.dim, spec.code_bits)),) if is_prod else None,
         INV_SQRT_DIM=encode_constants(spec.dim).inv_sqrt_dim,
         num_warps=place.tile.num_warps,

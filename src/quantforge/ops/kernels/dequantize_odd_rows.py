@@ -18,7 +18,8 @@ from quantforge.ops.kernels.rotation import butterfly, dense_stage, four_columns
 
 @triton.jit
 def codes_at(
-    row_pointers, byte_stride, channel, mask, DIM: tl.constexpr, PLANES: tl.constexpr
+    row_pointers, byte_stride, channel, mask,
+    DIM: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Return int32 codes (ROWS, n) of the channels in a row (1, n) of aligned runs of four."""
     for plane in tl.static_range(len(PLANES)):
@@ -27,6 +28,8 @@ def codes_at(
         if DIM * PLANES[plane][0] // 8 % 4 == 0:
             byte = tl.max_contiguous(tl.multiple_of(byte, (1, 4)), (1, 4))
         pointers = row_pointers + (byte + PLANES[plane][2]).to(tl.int64) * byte_stride
+        if WORDS and DIM * PLANES[plane][0] // 8 % 4 == 0:
+            pointers = tl.multiple_of(pointers, (1, 4))
         data = tl.load(pointers, mask=mask & (channel >= 0), other=0).to(tl.int32)
         field = (data >> (slot * PLANES[plane][0])) & ((1 << PLANES[plane][0]) - 1)
         if plane == 0:
@@ -70,7 +73,7 @@ def dequantize_odd_rows(
     shift_batch, shift_head, equalizer_batch, equalizer_head,
     DIM: tl.constexpr, M: tl.constexpr, SIGNS: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, PER_ROW: tl.constexpr,
-    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, INV_SQRT_DIM: tl.constexpr,
+    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, WORDS: tl.constexpr, INV_SQRT_DIM: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Dequantize rows; arguments as of `dequantize_rows`."""
@@ -92,13 +95,13 @@ def dequantize_odd_rows(
         scale = tl.load(scale_source, mask=mask, other=0.0).to(tl.float32)
         tiles = ()
         for part in tl.static_range(M // 4):
-            codes = codes_at(source, packed_byte, run + 4 * part, mask, DIM, PLANES)
+            codes = codes_at(source, packed_byte, run + 4 * part, mask, DIM, PLANES, WORDS)
             tiles = tiles + (tl.load(centroid_ptr + codes) * scale,)
         if qjl_signs_ptr is not None:
             left_scale = tl.load(scale_source + scales_column, mask=mask, other=0.0).to(tl.float32)
             left = ()
             for part in tl.static_range(M // 4):
-                bits = codes_at(source, packed_byte, run + 4 * part, mask, DIM, QJL_PLANES)
+                bits = codes_at(source, packed_byte, run + 4 * part, mask, DIM, QJL_PLANES, WORDS)
                 left = left + (2.0 * bits.to(tl.float32) - 1.0,)
             left = unrotated(left, ROWS, G, M, SIGNS, FIRST_LANE_BIT, LANE_BITS, LAYOUT)
             sums = ()

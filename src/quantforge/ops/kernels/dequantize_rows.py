@@ -27,7 +27,7 @@ def dequantize_rows(
     scales_batch, scales_head, scales_row, scales_column,
     shift_batch, shift_head, equalizer_batch, equalizer_head,
     DIM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PER_ROW: tl.constexpr,
-    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, INV_SQRT_DIM: tl.constexpr,
+    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, WORDS: tl.constexpr, INV_SQRT_DIM: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Dequantize rows. Instructions per element at dim 128, 4 bits: see `dequantize_launch`."""
@@ -50,13 +50,13 @@ def dequantize_rows(
         source = packed_rows + row * packed_row
         scale_source = scale_rows + row * scales_row
         scale = tl.load(scale_source, mask=mask, other=0.0).to(tl.float32)
-        codes = load_codes(source, packed_byte, mask, ROWS, DIM, PLANES, LAYOUT)
+        codes = load_codes(source, packed_byte, mask, ROWS, DIM, PLANES, WORDS, LAYOUT)
         x = tl.load(centroid_ptr + codes)
         if qjl_signs_ptr is None:
             x = butterfly(x, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS) * scale
         else:
             left_scale = tl.load(scale_source + scales_column, mask=mask, other=0.0).to(tl.float32)
-            bits = load_codes(source, packed_byte, mask, ROWS, DIM, QJL_PLANES, LAYOUT)
+            bits = load_codes(source, packed_byte, mask, ROWS, DIM, QJL_PLANES, WORDS, LAYOUT)
             left = 2.0 * bits.to(tl.float32) - 1.0
             left = butterfly(left, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS)
             x = x * scale + left * qjl_factor * left_scale

@@ -5,6 +5,10 @@ those `odd * 2^k * w / 8` bytes away into one byte, so the tile is cut into chun
 `odd`, and chunk t goes to slot `t // odd` of byte chunk `t % odd`:
 
     odd = 3, w = 4     [ 0 | 1 | 2 | 3 | 4 | 5 ]  ->  bytes [ 0 + 3<<4 | 1 + 4<<4 | 2 + 5<<4 ]
+
+WORDS tells that rows are multiples of 4 bytes where they are not of 16, which the compiler finds
+out by itself. (A hint belongs to the operation that makes the pointers: it has no effect on an
+argument of a function.)
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ def store_plane(
     ODD: tl.constexpr,
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
+    WORDS: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """Store one plane of codes (ROWS, N), of which DIM columns count.
@@ -54,6 +59,8 @@ def store_plane(
     fields = chunks((codes >> SHIFT) & ((1 << WIDTH) - 1), ROWS, N, COUNT)
     pointers = columns(row_pointers, N // COUNT, LAYOUT)
     pointers = pointers + column_axis(N // COUNT, LAYOUT)
+    if WORDS and N // COUNT >= 4:
+        pointers = tl.multiple_of(pointers, (1, 4))
     wanted = columns(mask, N // COUNT, LAYOUT)
     for chunk in tl.static_range(ODD):
         total = fields[chunk]
@@ -75,13 +82,14 @@ def store_codes(
     DIM: tl.constexpr,
     ODD: tl.constexpr,
     PLANES: tl.constexpr,
+    WORDS: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
     """Store codes (ROWS, N) as the planes (width, shift, offset) that PLANES lists."""
     for plane in tl.static_range(len(PLANES)):
         store_plane(
             codes, row_pointers + PLANES[plane][2], mask,
-            ROWS, N, DIM, ODD, PLANES[plane][0], PLANES[plane][1], LAYOUT,
+            ROWS, N, DIM, ODD, PLANES[plane][0], PLANES[plane][1], WORDS, LAYOUT,
         )  # fmt: skip
 
 
@@ -101,7 +109,8 @@ def joined(parts, ROWS: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def load_codes(
     row_pointers, byte_stride, mask,
-    ROWS: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr, LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Return codes (ROWS, N), int32, of vectors whose length is a power of two.
 
@@ -111,7 +120,10 @@ def load_codes(
         bytes_ = columns(row_pointers, N * PLANES[plane][0] // 8, LAYOUT)
         column = column_axis(N * PLANES[plane][0] // 8, LAYOUT) + PLANES[plane][2]
         wanted = columns(mask, N * PLANES[plane][0] // 8, LAYOUT)
-        data = tl.load(bytes_ + column.to(tl.int64) * byte_stride, mask=wanted, other=0)
+        pointers = bytes_ + column.to(tl.int64) * byte_stride
+        if WORDS and N * PLANES[plane][0] >= 32:
+            pointers = tl.multiple_of(pointers, (1, 4))
+        data = tl.load(pointers, mask=wanted, other=0)
         data = data.to(tl.int32)
         fields = ()
         for slot in tl.static_range(8 // PLANES[plane][0]):

@@ -12,12 +12,18 @@ from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
 from quantforge.ops.kernels import arguments
-from quantforge.ops.kernels.arguments import Statistics, grid_of, plane_list, signs_of_rows
+from quantforge.ops.kernels.arguments import (
+    Statistics,
+    are_words,
+    grid_of,
+    plane_list,
+    signs_of_rows,
+)
 from quantforge.ops.kernels.axes import Axes
 from quantforge.ops.kernels.codebook import cells_of
 from quantforge.ops.kernels.quantize_odd_rows import quantize_odd_rows
 from quantforge.ops.kernels.quantize_rows import quantize_rows
-from quantforge.ops.kernels.tuning import odd_factor, placement
+from quantforge.ops.kernels.tuning import odd_factor, placement_of
 from quantforge.spec import QuantSpec
 
 AXES = ("batch", "head", "row")
@@ -48,7 +54,7 @@ def launch(
     total = batch * heads * n
     if total == 0:
         return
-    place = placement(spec, x.device)
+    place = placement_of(spec, x.device, packs=True)
     grid = grid_of(axes, place, x.device)
     cells, factors = cells_of(spec, x.device), encode_constants(spec.dim)
     on_device = isinstance(position, torch.Tensor)
@@ -71,6 +77,7 @@ def launch(
         "TILES": grid.tiles,
         "PER_ROW": grid.per_row,
         "PLANES": plane_list(spec),
+        "WORDS": are_words(packed),
         "RULE": spec.scale_rule,
         "SLOPE": cells.slope,
         "CELLS": cells.size,

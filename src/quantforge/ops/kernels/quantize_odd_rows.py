@@ -92,7 +92,8 @@ def quantize_odd_rows(
     shift_batch, shift_head, inverse_batch, inverse_head,
     DIM: tl.constexpr, N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, PER_ROW: tl.constexpr,
-    PLANES: tl.constexpr, RULE: tl.constexpr, SLOPE: tl.constexpr, CELLS: tl.constexpr,
+    PLANES: tl.constexpr, WORDS: tl.constexpr, RULE: tl.constexpr,
+    SLOPE: tl.constexpr, CELLS: tl.constexpr,
     INV_SQRT_DIM: tl.constexpr, SIGNS: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr,
     LAYOUT: tl.constexpr, RUN_LAYOUT: tl.constexpr,
@@ -141,7 +142,7 @@ def quantize_odd_rows(
         mask = (row < end) & (target >= 0) & (target < capacity)
         store_codes(
             codes, packed_rows + target * packed_row, mask,
-            ROWS, N, DIM, M // 4, PLANES, LAYOUT,
+            ROWS, N, DIM, M // 4, PLANES, WORDS, LAYOUT,
         )  # fmt: skip
         scale = norm * INV_SQRT_DIM * scale_factor(u, c, RULE, DIM, ROWS, N, LAYOUT) * power
         scale = scale.to(scales_ptr.dtype.element_ty)

@@ -25,7 +25,7 @@ from quantforge.ops.kernels.rotation import butterfly
 def encode_tile(
     v, signs_qjl, channel, table_ptr, packed_rows, scale_rows, scale_column, mask,
     DIM: tl.constexpr, ROWS: tl.constexpr,
-    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, RULE: tl.constexpr,
+    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, WORDS: tl.constexpr, RULE: tl.constexpr,
     SLOPE: tl.constexpr, CELLS: tl.constexpr,
     SQRT_DIM: tl.constexpr, INV_SQRT_DIM: tl.constexpr, QJL_FACTOR: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
@@ -40,7 +40,7 @@ def encode_tile(
     inverse_norm = reciprocal(norm)
     u = butterfly(v, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
     codes, c = nearest(u, table_ptr, SLOPE, CELLS)
-    store_codes(codes, packed_rows, mask, ROWS, DIM, DIM, 1, PLANES, LAYOUT)
+    store_codes(codes, packed_rows, mask, ROWS, DIM, DIM, 1, PLANES, WORDS, LAYOUT)
     scale = norm * INV_SQRT_DIM * scale_factor(u, c, RULE, DIM, ROWS, DIM, LAYOUT) * power
     scale = scale.to(scale_rows.dtype.element_ty)
     tl.store(scale_rows, scale, mask=mask)
@@ -50,7 +50,7 @@ def encode_tile(
         left = u - stored * c
         turned = butterfly(left * signs_qjl, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS)
         positive = (turned > 0.0).to(tl.int32)
-        store_codes(positive, packed_rows, mask, ROWS, DIM, DIM, 1, QJL_PLANES, LAYOUT)
+        store_codes(positive, packed_rows, mask, ROWS, DIM, DIM, 1, QJL_PLANES, WORDS, LAYOUT)
         left_norm = tl.sqrt_rn(tree_sum(left * left, ROWS, DIM, LAYOUT))
         left_scale = left_norm * norm * QJL_FACTOR * power
         left_scale = left_scale.to(scale_rows.dtype.element_ty)
@@ -66,7 +66,7 @@ def quantize_rows(
     packed_batch, packed_head, packed_row, scales_batch, scales_head, scales_row, scales_column,
     shift_batch, shift_head, equalizer_batch, equalizer_head,
     DIM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PER_ROW: tl.constexpr,
-    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, RULE: tl.constexpr,
+    PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, WORDS: tl.constexpr, RULE: tl.constexpr,
     SLOPE: tl.constexpr, CELLS: tl.constexpr,
     SQRT_DIM: tl.constexpr, INV_SQRT_DIM: tl.constexpr, QJL_FACTOR: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
@@ -106,7 +106,7 @@ def quantize_rows(
         encode_tile(
             v, signs_qjl, channel, table_ptr,
             packed_rows + target * packed_row, scale_rows + target * scales_row, scales_column,
-            mask, DIM, ROWS, PLANES, QJL_PLANES, RULE, SLOPE, CELLS,
+            mask, DIM, ROWS, PLANES, QJL_PLANES, WORDS, RULE, SLOPE, CELLS,
             SQRT_DIM, INV_SQRT_DIM, QJL_FACTOR, FIRST_LANE_BIT, LANE_BITS, LAYOUT,
         )  # fmt: skip
         x, row = x_next, following

@@ -73,11 +73,10 @@ def odd_factor(dim: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def placement(spec: QuantSpec, device: torch.device) -> Placement:
-    """Return the placement of a spec's vectors on a device."""
-    odd = odd_factor(spec.dim)
-    width = spec.dim // odd * (1 << (odd - 1).bit_length())
-    narrowest = 1 if spec.estimator == "prod" else min(p.width for p in _planes(spec))
+def placement(dim: int, narrowest: int, device: torch.device) -> Placement:
+    """Return the placement of vectors whose narrowest plane has some bits per field."""
+    odd = odd_factor(dim)
+    width = dim // odd * (1 << (odd - 1).bit_length())
     for row in TUNING:
         if capability(device)[0] < 7 or odd != row.odd or width > row.width:
             continue
@@ -91,7 +90,7 @@ def placement(spec: QuantSpec, device: torch.device) -> Placement:
             continue
         if odd == 1:
             return Placement(width, tile, None, row.tiles)
-        group_bits = (spec.dim // (4 * odd)).bit_length() - 1
+        group_bits = (dim // (4 * odd)).bit_length() - 1
         low = group_bits + 2 - tile.lane_bits
         runs = lane_tile(4 << group_bits, low, 0, row.num_warps, reverse_rows=True)
         if runs is not None and runs.rows == tile.rows:
@@ -100,5 +99,12 @@ def placement(spec: QuantSpec, device: torch.device) -> Placement:
     return Placement(width, anywhere, None if odd == 1 else anywhere, 1)
 
 
-def _planes(spec: QuantSpec) -> tuple:
-    return planes(spec.dim, spec.code_bits)
+def placement_of(spec: QuantSpec, device: torch.device, *, packs: bool) -> Placement:
+    """Return the placement of a spec's vectors for a kernel that packs codes, or unpacks them.
+
+    With an odd factor unpacking reads each byte where it is needed, so any placement will do.
+    """
+    if not packs and odd_factor(spec.dim) > 1:
+        return placement(spec.dim, 8, device)
+    widths = [p.width for p in planes(spec.dim, spec.code_bits)]
+    return placement(spec.dim, 1 if spec.estimator == "prod" else min(widths), device)
