@@ -1,0 +1,262 @@
+"""Launcher of the fused decode kernel: rotate the query, attend split by split, merge.
+
+Three launches whatever the length. The grid depends on shapes and host-side lengths only; with
+lengths on the device it covers the capacity, and programs beyond a row's length return at once, so
+a captured graph stays valid while the rows grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
+from quantforge.ops import constants
+from quantforge.ops.decode_attention.edges import merge_kernel, project_kernel
+from quantforge.ops.decode_attention.lookup import HALVE, LOAD_BY_LANE, lookup
+from quantforge.ops.launch import capability, cannot_run_on, multiprocessors
+from quantforge.ops.pages import lookup_table
+from quantforge.spec import QuantSpec
+
+LOG2E = 1.4426950408889634
+DENSE_ROWS = 128
+"""Dense rows in a split of their own."""
+MERGE_CHUNK = 16
+COLUMNS = 32
+"""Columns of a rotation that a program holds at a time."""
+VALUE_CHANNELS = 32
+"""Channels of values decoded at a time: bounds the registers in flight."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to run one combination of codes.
+
+    Attributes:
+        max_registers: per thread, or None for the compiler's choice.
+        programs: per multiprocessor, for the number of splits.
+        pages: least number in a split.
+    """
+
+    max_registers: int | None
+    programs: int
+    pages: int
+
+
+# by key bits and e4m3; NVIDIA H200, triton 3.6.0, 2026-11-24: 8 x 32768 tokens, 8 KV heads, dim 128
+TUNING = {
+    (2, False): Tuning(None, 12, 8),
+    (2, True): Tuning(None, 14, 8),
+    (3, False): Tuning(None, 12, 8),
+    (3, True): Tuning(128, 16, 8),
+    (4, False): Tuning(128, 16, 8),
+    (4, True): Tuning(None, 15, 8),
+}
+
+
+def supports(query: torch.Tensor, *args: object) -> str | None:
+    """Return why the fused kernel cannot run these arguments, or None."""
+    if (reason := cannot_run_on(query.device)) is not None:
+        return reason
+    if query.device.type != "cuda":
+        return "Gluon kernels do not run in the interpreter"
+    k_dense = args[6]
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"query is {query.dtype}; the tensor cores take float16 and bfloat16"
+    if isinstance(k_dense, torch.Tensor) and k_dense.dtype != query.dtype:
+        return f"query is {query.dtype} and the dense rows are {k_dense.dtype}"
+    return _no_code(str(args[-2]), str(args[-1]), query.device)
+
+
+@lru_cache
+def _no_code(k_spec_key: str, v_spec_key: str, device: torch.device) -> str | None:
+    k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
+    if (reason := why_no_pages(k_spec, v_spec)) is not None:
+        return reason
+    needed = (8, 9) if "e4m3" in (k_spec.codebook, v_spec.codebook) else (8, 0)
+    if (found := capability(device)) < needed:
+        return f"it needs an NVIDIA GPU of compute capability {needed}; this one has {found}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a launch that the codes alone decide.
+
+    Attributes:
+        layout: of the pages.
+        tuning: how to run it.
+        constants: compile-time arguments of the fused kernel.
+        tables: lookup tables of keys and values; None for values: that of the keys.
+        rotations: of keys and values.
+    """
+
+    layout: PageLayout
+    tuning: Tuning
+    constants: dict[str, object]
+    tables: tuple[torch.Tensor, torch.Tensor | None]
+    rotations: tuple[torch.Tensor, torch.Tensor]
+
+
+@lru_cache
+def plan_of(k_spec_key: str, v_spec_key: str, device: torch.device) -> Plan:
+    """Return the plan for two specs on a device."""
+    from triton.experimental.gluon import language as gl
+
+    def plane1(rows: int) -> object:
+        """Bytes of plane 1 as operand A holds those of plane 0: four in a lane, 8 rows apart."""
+        registers = [[0, 1], [0, 2]] + [[1 << k, 0] for k in range(3, rows.bit_length() - 1)]
+        return gl.DistributedLinearLayout(
+            reg_bases=registers,
+            lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[],
+            block_bases=[],
+            shape=[rows, 16],
+        )
+
+    def scales(tokens: int) -> object:
+        """Scales of the rows of a lane: those of group g are neighbours."""
+        return gl.DistributedLinearLayout(
+            reg_bases=[[0, 1 << k] for k in range((tokens // 8).bit_length() - 1)],
+            lane_bases=[[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[],
+            block_bases=[],
+            shape=[8, tokens // 8],
+        )
+
+    k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
+    layout = page_layout(k_spec, v_spec)
+    k_table, v_table = lookup_table(k_spec, device), lookup_table(v_spec, device)
+    k_ptx, k_operands = lookup(k_spec.bits, k_spec.codebook == "e4m3")
+    v_ptx, v_operands = lookup(v_spec.bits, v_spec.codebook == "e4m3")
+    compile_time = {
+        "D": k_spec.dim,
+        "DV": v_spec.dim,
+        "T": layout.tokens,
+        "K_BITS": k_spec.bits,
+        "V_BITS": v_spec.bits,
+        "K_E4M3": k_spec.codebook == "e4m3",
+        "V_E4M3": v_spec.codebook == "e4m3",
+        "PDL": capability(device) >= (9, 0),
+        "K_PTX": k_ptx,
+        "K_OPERANDS": k_operands,
+        "V_PTX": v_ptx,
+        "V_OPERANDS": v_operands,
+        "LOAD": LOAD_BY_LANE,
+        "HALVE": HALVE,
+        "K_PLANE1": plane1(16),
+        "V_PLANE1": plane1(VALUE_CHANNELS),
+        "SCALES": scales(layout.tokens),
+        "VC": VALUE_CHANNELS,
+    }
+    return Plan(
+        layout,
+        TUNING[k_spec.bits, k_spec.codebook == "e4m3"],
+        compile_time,
+        (k_table, None if torch.equal(k_table, v_table) else v_table),
+        (
+            constants.rotation(k_spec, k_spec.seed, device),
+            constants.rotation(v_spec, v_spec.seed, device),
+        ),
+    )
+
+
+def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
+    """Return the strides of a statistic (dim,) or (..., 1, dim) over batch and head."""
+    if statistic is None or statistic.ndim < 4:
+        return 0, statistic.stride(0) if statistic is not None and statistic.ndim == 3 else 0
+    b, h = statistic.stride()[:2]
+    return (b if statistic.shape[0] > 1 else 0), (h if statistic.shape[1] > 1 else 0)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor | None,
+    seqlens: torch.Tensor | None,
+    n_tokens: int,
+    starts: torch.Tensor | None,
+    k_dense: torch.Tensor | None,
+    v_dense: torch.Tensor | None,
+    dense_lens: torch.Tensor | None,
+    n_dense: int,
+    n_sinks: int,
+    k_shift: torch.Tensor | None,
+    k_equalizer: torch.Tensor | None,
+    v_shift: torch.Tensor | None,
+    v_equalizer: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    k_spec_key: str,
+    v_spec_key: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Implement `quantforge::decode_attention` on NVIDIA GPUs."""
+    from quantforge.ops.decode_attention.fused import decode_kernel
+
+    device = query.device
+    plan = plan_of(k_spec_key, v_spec_key, device)
+    layout, tuning, pdl = plan.layout, plan.tuning, bool(plan.constants["PDL"])
+    batch, heads, q_len, dim = query.shape
+    kv_heads = k_pages.shape[1]
+    rows = heads // kv_heads * q_len
+    width = 8 if rows <= 8 else 16
+    groups = triton.cdiv(rows, width)
+    units = batch * kv_heads
+
+    pages_per_row = page_table.shape[1] if page_table is not None else len(k_pages) // batch
+    n_pages = pages_per_row if seqlens is not None else triton.cdiv(n_tokens, layout.tokens)
+    room = tuning.programs * multiprocessors(device)
+    pages_per_split = max(triton.cdiv(n_pages * units * groups, room), tuning.pages)
+    packed_splits = triton.cdiv(n_pages, pages_per_split)
+    if packed_splits:
+        pages_per_split = triton.cdiv(n_pages, packed_splits)
+    dense_rows = 0
+    if k_dense is not None:
+        dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
+    splits = packed_splits + triton.cdiv(dense_rows, DENSE_ROWS)
+
+    out = query.new_empty((batch, heads, q_len, v_dim := plan.rotations[1].shape[0]))
+    lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    if splits == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    padded = groups * width
+    row_block = triton.cdiv(padded, 16) * 16
+    projected = query.new_empty((units, row_block, dim), dtype=torch.float16)
+    query_scale = lse.new_empty((units, row_block // 16))
+    shift_logits = lse.new_empty((units, rows)) if k_shift is not None else None
+    project_kernel[(units, dim // COLUMNS, row_block // 16)](
+        query, plan.rotations[0], k_equalizer, k_shift, projected, query_scale, shift_logits,
+        rows, q_len, scale, *query.stride()[:3], *_strides(k_equalizer), *_strides(k_shift),
+        HKV=kv_heads, D=dim, ROWS=row_block, COLUMNS=COLUMNS,
+        PDL=pdl, launch_pdl=pdl,
+    )  # fmt: skip
+    partial = lse.new_empty((units, splits, rows, v_dim))
+    partial_lse = lse.new_empty((units, splits, rows))
+    dense_strides = (0,) * 6
+    if k_dense is not None and v_dense is not None:
+        dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
+    decode_kernel[(groups, splits, units)](
+        projected, query_scale, shift_logits if softcap else None, query, k_pages, v_pages,
+        *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, partial,
+        partial_lse, n_tokens, n_dense if k_dense is not None else 0, n_sinks, window,
+        packed_splits, pages_per_split, pages_per_row, rows, q_len, row_block,
+        softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *dense_strides,
+        HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0,
+        HAS_DENSE=k_dense is not None, **plan.constants,
+        num_warps=1, maxnreg=tuning.max_registers, launch_pdl=pdl,
+    )  # fmt: skip
+    merge_kernel[(rows, units)](
+        partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
+        v_shift, out, lse, splits, packed_splits, rows,
+        *_strides(v_equalizer), *_strides(v_shift),
+        HKV=kv_heads, DV=v_dim, SPLITS=triton.next_power_of_2(splits), CHUNK=MERGE_CHUNK,
+        COLUMNS=COLUMNS, PDL=pdl, launch_pdl=pdl,
+    )  # fmt: skip
+    return out, lse
