@@ -42,7 +42,7 @@ class BuildError(Exception):
 def units(machine: str) -> dict[str, tuple[str, ...]]:
     """Return the source files for a machine and the flags of each."""
     levels = LEVEL_FLAGS if machine.lower() in X86 else {"portable": ()}
-    return {"api": (), "pool": (), **levels}
+    return {"api": (), "pool": (), "queries": (), **levels}
 
 
 def source_hash() -> str:

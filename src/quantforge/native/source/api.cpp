@@ -2,8 +2,6 @@
 //
 // Functions return 0, or 1 where memory ran out; arguments are checked by their Python callers.
 
-#include <string.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,6 +10,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "queries.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -117,76 +116,6 @@ void split(int64_t n, int64_t tile, int64_t tasks, int64_t least, int threads, i
     splits = std::max<int64_t>(1, (n + step - 1) / step);
 }
 
-// Bring queries (count, dim) into parts of `most`, each (dim, queries of the part).
-void pack_queries(const float *query, int64_t count, int64_t dim, int64_t most, float *out) {
-    for (int64_t q = 0; q < count; q += most) {
-        const int64_t part = std::min(most, count - q);
-        float *to = out + q * dim;
-        for (int64_t i = 0; i < part; i++)
-            for (int64_t c = 0; c < dim; c++) to[c * part + i] = query[(q + i) * dim + c];
-    }
-}
-
-struct ByteQuery {
-    std::vector<int32_t> words;
-    std::vector<float> unit;
-    std::vector<int32_t> correction;
-};
-
-// Round queries to integers and pack them as byte_scores.h reads them. With two terms the second
-// holds what rounding the first has lost, in units 2 * most times smaller.
-void pack_bytes(const float *query, int64_t groups, int64_t queries, int terms,
-                const Layout &layout, const Kernels &k, ByteQuery &out) {
-    const Plane &plane = layout.plane[0];
-    const int64_t fields = 8 / plane.width, steps = (plane.stride + 3) / 4 * fields;
-    const int64_t dim = layout.dim, count = queries * terms;
-    out.words.assign((size_t)(groups * count * steps * k.query_words), 0);
-    out.unit.resize((size_t)(groups * count));
-    out.correction.assign((size_t)(groups * count), 0);
-    const int64_t limit = ((int64_t)1 << 31) / ((127 + k.byte_offset) * (dim + 4)) - 1;
-    const float most = (float)std::min<int64_t>(k.max_query, limit);
-    for (int64_t row = 0; row < groups * count; row++) {
-        const float *x = query + row / terms * dim;
-        const bool second = terms == 2 && row % 2;
-        float peak = 0;
-        bool finite = true;
-        for (int64_t c = 0; c < dim; c++) {
-            finite = finite && std::isfinite(x[c]);
-            peak = std::max(peak, std::fabs(x[c]));
-        }
-        out.unit[row] = finite ? peak / most / (second ? 2 * most : 1) : NAN;
-        if (!finite || peak == 0) continue;
-        const int64_t q = row % count, part = q / k.byte_queries * k.byte_queries;
-        const int64_t width = std::min<int64_t>(k.byte_queries, count - part);
-        int32_t *to = out.words.data() + (row - q + part) * steps * k.query_words;
-        int64_t sum = 0;
-        for (int64_t m = 0; m < steps; m++) {
-            int32_t value[4] = {};
-            for (int b = 0; b < 4; b++) {
-                const int64_t byte = m / fields * 4 + b;
-                const int64_t channel = byte + m % fields * plane.stride;
-                if (byte >= plane.stride || channel >= dim) continue;
-                const float exact = x[channel] / peak * most;
-                float rounded = std::nearbyint(exact);
-                if (second) rounded = std::nearbyint((exact - rounded) * 2 * most);
-                value[b] = (int32_t)rounded;
-                sum += value[b];
-            }
-            int32_t *word = to + (m * width + q - part) * k.query_words;
-            if (k.query_words == 1) {
-                const int8_t bytes[4] = {(int8_t)value[0], (int8_t)value[1], (int8_t)value[2],
-                                         (int8_t)value[3]};
-                memcpy(word, bytes, 4);
-            } else {
-                const int16_t pairs[4] = {(int16_t)value[0], (int16_t)value[2], (int16_t)value[1],
-                                          (int16_t)value[3]};
-                memcpy(word, pairs, 8);
-            }
-        }
-        out.correction[row] = (int32_t)(-k.byte_offset * sum);
-    }
-}
-
 template <class Body> int guarded(const Body &body) {
     try {
         body();
@@ -278,29 +207,36 @@ API int qf_scores(const Packed *packed, int64_t groups, int64_t queries, int64_t
         args.out = *out;
         args.accumulate = accumulate;
         args.wide = queries > 2 ? 2 : 1;
+        const bool one = queries == 1 && layout.planes == 1 && layout.bits <= 4
+                       && (fast || k.fast_lookup);
         std::vector<float> blocks;
-        ByteQuery bytes;
+        ByteQueries bytes;
+        auto kernel = one ? k.one_query : k.scores;
+        size_t scratch = k.scores_scratch(&layout);
+        int64_t rows = k.lanes * (one ? 1 : args.wide);
         if (fast) {
             // few queries wait for memory anyway: int8 alone has an error of 7e-3, two terms 3e-3
             args.terms = k.query_words == 1 && 2 * queries <= k.byte_queries ? 2 : 1;
-            pack_bytes(query, groups, queries, args.terms, layout, k, bytes);
+            bytes = pack_bytes(query, groups, queries, args.terms, one, layout, k);
             args.byte_query = bytes.words.data();
             args.query_unit = bytes.unit.data();
             args.correction = bytes.correction.data();
+            kernel = one ? k.one_byte_query : k.byte_scores;
+            scratch = k.byte_scratch(&layout);
+            rows = k.lanes * (one ? 1 : k.byte_wide);
+        } else if (one) {
+            blocks = pack_one_query(query, groups, layout, k.lanes);
         } else {
             const int64_t size = queries * layout.dim;
             blocks.resize((size_t)(groups * size));
             for (int64_t g = 0; g < groups; g++)
                 pack_queries(query + g * size, queries, layout.dim, k.max_accumulators / args.wide,
                              blocks.data() + g * size);
-            args.query = blocks.data();
         }
-        const int64_t rows = k.lanes * (fast ? k.byte_wide : args.wide);
+        args.query = blocks.data();
         const int64_t tiles = groups * ((n + rows - 1) / rows);
         const int64_t work = rows * layout.dim * (queries + 1) / (fast ? 4 : 1);
-        run(fast ? k.byte_scores : k.scores, args,
-            fast ? k.byte_scratch(&layout) : k.scores_scratch(&layout), tiles,
-            grain_of(tiles, work, threads), threads);
+        run(kernel, args, scratch, tiles, grain_of(tiles, work, threads), threads);
     });
 }
 

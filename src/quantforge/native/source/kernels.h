@@ -96,7 +96,7 @@ struct ScoresArgs {
     int64_t n, queries;
     int terms;  // integers for a number of the query: 1, or 2 with what rounding the first lost
     Packed packed;
-    const float *query;         // (groups, packed blocks of queries); see pack_queries
+    const float *query;         // (groups, packed queries); see api.cpp
     const int32_t *byte_query;  // the same for precision "fast", else null
     const float *query_unit;    // (groups, queries * terms) of the byte query
     const int32_t *correction;  // (groups, queries * terms) added to its sums
@@ -150,6 +150,9 @@ struct Kernels {
     void (*scores)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
     size_t (*byte_scratch)(const Layout *);
     void (*byte_scores)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
+    bool fast_lookup;  // whether one_query is faster than scores
+    void (*one_query)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
+    void (*one_byte_query)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
     size_t (*combine_scratch)(const Layout *);
     void (*combine)(const CombineArgs *, int64_t begin, int64_t end, void *scratch);
     size_t (*attention_scratch)(const Layout *, const Layout *);

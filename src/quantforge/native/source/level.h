@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "byte_scores.h"
 #include "codec.h"
+#include "one_query.h"
 #include "products.h"
 
 #define JOIN_(a, b) a##b
@@ -28,6 +29,9 @@ const Kernels JOIN(LEVEL, _kernels) = {
     LEVEL::scores,
     LEVEL::byte_scratch,
     LEVEL::byte_scores,
+    LEVEL::Vector::FAST_LOOKUP,
+    LEVEL::one_query,
+    LEVEL::one_byte_query,
     LEVEL::combine_scratch,
     LEVEL::combine,
     LEVEL::attention_scratch,

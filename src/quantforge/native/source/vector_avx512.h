@@ -9,6 +9,11 @@ namespace LEVEL {
 struct Vector {
     static constexpr int LANES = 16;
     static constexpr int MAX_ACCUMULATORS = 24;  // of 32 registers
+    static constexpr bool FAST_LOOKUP = true;    // one instruction for 16 floats
+    static constexpr bool SPLIT_LOOKUP = false;
+    struct SplitLookup {
+        explicit SplitLookup(const float *) {}
+    };
     typedef __m512 F;
     typedef __m512i I;
     typedef __mmask16 Mask;
@@ -125,6 +130,10 @@ struct Vector {
     static Bytes prepare(I x) { return x; }
     static I dot(I sum, Bytes x, const int32_t *query) {
         return _mm512_dpbusd_epi32(sum, x, _mm512_set1_epi32(*query));
+    }
+    // The same with a query word of its own for each lane.
+    static I dot_lanes(I sum, Bytes x, const int32_t *query) {
+        return _mm512_dpbusd_epi32(sum, x, iload(query));
     }
 };
 

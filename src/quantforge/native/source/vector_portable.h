@@ -10,6 +10,11 @@ namespace LEVEL {
 struct Vector {
     static constexpr int LANES = 4;
     static constexpr int MAX_ACCUMULATORS = 8;
+    static constexpr bool FAST_LOOKUP = false;
+    static constexpr bool SPLIT_LOOKUP = false;
+    struct SplitLookup {
+        explicit SplitLookup(const float *) {}
+    };
     typedef float F __attribute__((vector_size(16)));
     typedef uint32_t I __attribute__((vector_size(16)));
     typedef int32_t Mask __attribute__((vector_size(16)));
@@ -156,6 +161,13 @@ struct Vector {
     static I dot(I sum, Bytes x, const int32_t *query) {
         const Mask even = x.even_low * (int16_t)query[0] + x.even_high * (query[0] >> 16);
         const Mask odd = x.odd_low * (int16_t)query[1] + x.odd_high * (query[1] >> 16);
+        return sum + (I)even + (I)odd;
+    }
+    // The same with a query word of its own for each lane.
+    static I dot_lanes(I sum, Bytes x, const int32_t *query) {
+        const Mask q0 = (Mask)iload(query), q1 = (Mask)iload(query + LANES);
+        const Mask even = x.even_low * (q0 << 16 >> 16) + x.even_high * (q0 >> 16);
+        const Mask odd = x.odd_low * (q1 << 16 >> 16) + x.odd_high * (q1 >> 16);
         return sum + (I)even + (I)odd;
     }
 };
