@@ -36,8 +36,12 @@ def _check(
     assert_same_bits(*got, encode(x, spec, shift, equalizer))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("dim", [8, 16, 64, 80, 96, 112, 128, 192, 256, 768, 2048])
+CASES = [(dim, bits) for dim in (8, 64, 2048) for bits in range(1, 9)]
+CASES += [(dim, bits) for dim in (24, 80, 96, 112, 128, 256) for bits in (1, 3, 4)]
+CASES += [(192, 6), (768, 4), (768, 8), (1536, 2), (1280, 5), (896, 7)]
+
+
+@pytest.mark.parametrize(("dim", "bits"), CASES)
 @pytest.mark.usefixtures("poison")
 def test_bits_and_dims(dim: int, bits: int) -> None:
     _check(gaussian(5, dim, seed=bits), QuantSpec(dim, bits, seed=bits))
@@ -71,8 +75,7 @@ def test_dtypes(dtype: type, dim: int) -> None:
     _check(np.random.RandomState(0).standard_normal((9, dim)).astype(dtype), QuantSpec(dim, 4))
 
 
-@pytest.mark.parametrize("dim", [64, 96])
-@pytest.mark.parametrize("n", [0, 1, 3, 300])
+@pytest.mark.parametrize(("dim", "n"), [(64, 0), (64, 1), (64, 300), (96, 0), (96, 3), (96, 130)])
 @pytest.mark.parametrize("statistic", ["none", "shared", "per_head"])
 def test_numbers_of_vectors(n: int, statistic: Statistic, dim: int) -> None:
     shift, equalizer = statistics_of(statistic, (2, 3), dim)

@@ -79,20 +79,21 @@ def launch(
         INV_SQRT_DIM=encode_constants(spec.dim).inv_sqrt_dim,
         num_warps=place.tile.num_warps,
     )
-    if place.runs is None:
-        dequantize_rows[(grid.programs,)](
+    with torch.cuda.device_of(packed):  # models may be spread over several GPUs
+        if place.runs is None:
+            dequantize_rows[(grid.programs,)](
+                **common,
+                FIRST_LANE_BIT=place.tile.first_lane_bit,
+                LANE_BITS=place.tile.lane_bits,
+                LAYOUT=place.tile.layout,
+            )
+            return
+        order = 4 * odd_factor(spec.dim)
+        dequantize_odd_rows[(grid.programs,)](
             **common,
-            FIRST_LANE_BIT=place.tile.first_lane_bit,
-            LANE_BITS=place.tile.lane_bits,
-            LAYOUT=place.tile.layout,
+            M=order,
+            SIGNS=signs_of_rows(base_matrix(order).T),
+            FIRST_LANE_BIT=place.runs.first_lane_bit - 2,
+            LANE_BITS=place.runs.lane_bits,
+            LAYOUT=place.runs.layout,
         )
-        return
-    order = 4 * odd_factor(spec.dim)
-    dequantize_odd_rows[(grid.programs,)](
-        **common,
-        M=order,
-        SIGNS=signs_of_rows(base_matrix(order).T),
-        FIRST_LANE_BIT=place.runs.first_lane_bit - 2,
-        LANE_BITS=place.runs.lane_bits,
-        LAYOUT=place.runs.layout,
-    )

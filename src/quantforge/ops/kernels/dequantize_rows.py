@@ -30,7 +30,11 @@ def dequantize_rows(
     PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, WORDS: tl.constexpr, INV_SQRT_DIM: tl.constexpr,
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Dequantize rows. Instructions per element at dim 128, 4 bits: see `dequantize_launch`."""
+    """Dequantize rows of packed into out.
+
+    Instructions per element at dim 128 and 4 bits, bfloat16, 18 in all: unpack 1-2, centroid 3,
+    butterfly 9, scale and signs 2, round 0.5, addresses 1.
+    """
     channel = channel_axis(DIM, LAYOUT)
     batch, head, row, end = rows_of_program(n, heads, total, ROWS, TILES, PER_ROW, LAYOUT)
     factor = tl.load(signs_ptr + channel) * INV_SQRT_DIM

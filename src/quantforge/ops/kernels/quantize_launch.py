@@ -90,36 +90,37 @@ def launch(
         common |= {f"{name}_{axis}": s for axis, s in zip(AXES, strides, strict=True)}
     shift_batch, shift_head, equalizer_batch, equalizer_head = statistics.strides(axes)
     common |= {"shift_batch": shift_batch, "shift_head": shift_head}
-    if place.runs is None:
-        is_prod = spec.estimator == "prod"
-        offset = row_bytes(spec.dim, spec.code_bits)
-        seed = qjl_seed(spec.seed)
-        quantize_rows[(grid.programs,)](
+    with torch.cuda.device_of(x):  # models may be spread over several GPUs
+        if place.runs is None:
+            is_prod = spec.estimator == "prod"
+            offset = row_bytes(spec.dim, spec.code_bits)
+            seed = qjl_seed(spec.seed)
+            quantize_rows[(grid.programs,)](
+                **common,
+                equalizer_ptr=statistics.equalizer,
+                equalizer_batch=equalizer_batch,
+                equalizer_head=equalizer_head,
+                qjl_signs_ptr=constants.signs(spec.dim, seed, x.device) if is_prod else None,
+                scales_column=scales.stride(-1),
+                QJL_PLANES=((1, 0, offset),) if is_prod else None,
+                SQRT_DIM=factors.sqrt_dim,
+                QJL_FACTOR=factors.qjl,
+                FIRST_LANE_BIT=place.tile.first_lane_bit,
+                LANE_BITS=place.tile.lane_bits,
+            )
+            return
+        order = 4 * odd_factor(spec.dim)
+        equalizer = statistics.equalizer
+        quantize_odd_rows[(grid.programs,)](
             **common,
-            equalizer_ptr=statistics.equalizer,
-            equalizer_batch=equalizer_batch,
-            equalizer_head=equalizer_head,
-            qjl_signs_ptr=constants.signs(spec.dim, seed, x.device) if is_prod else None,
-            scales_column=scales.stride(-1),
-            QJL_PLANES=((1, 0, offset),) if is_prod else None,
-            SQRT_DIM=factors.sqrt_dim,
-            QJL_FACTOR=factors.qjl,
-            FIRST_LANE_BIT=place.tile.first_lane_bit,
-            LANE_BITS=place.tile.lane_bits,
+            inverse_ptr=None if equalizer is None else equalizer.to(torch.float32).reciprocal(),
+            inverse_batch=equalizer_batch,
+            inverse_head=equalizer_head,
+            N=place.width,
+            M=order,
+            PADDED=1 << (order - 1).bit_length(),
+            SIGNS=signs_of_rows(base_matrix(order)),
+            FIRST_LANE_BIT=place.runs.first_lane_bit - 2,
+            LANE_BITS=place.runs.lane_bits,
+            RUN_LAYOUT=place.runs.layout,
         )
-        return
-    order = 4 * odd_factor(spec.dim)
-    equalizer = statistics.equalizer
-    quantize_odd_rows[(grid.programs,)](
-        **common,
-        inverse_ptr=None if equalizer is None else equalizer.to(torch.float32).reciprocal(),
-        inverse_batch=equalizer_batch,
-        inverse_head=equalizer_head,
-        N=place.width,
-        M=order,
-        PADDED=1 << (order - 1).bit_length(),
-        SIGNS=signs_of_rows(base_matrix(order)),
-        FIRST_LANE_BIT=place.runs.first_lane_bit - 2,
-        LANE_BITS=place.runs.lane_bits,
-        RUN_LAYOUT=place.runs.layout,
-    )
