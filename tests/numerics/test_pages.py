@@ -59,8 +59,7 @@ def _lookup(words: np.ndarray, bits: int, high: np.ndarray | None) -> list[np.nd
         selectors = (words >> (2 * pair)) & 0x33333333
         if high is not None:
             selectors |= ((high << 2) if pair == 0 else high) & 0x44444444
-        for half in range(2):
-            parts.append([(selectors >> (16 * half + 4 * i)) & 15 for i in range(4)])
+        parts += [[(selectors >> (16 * half + 4 * i)) & 15 for i in range(4)] for half in range(2)]
     return parts
 
 

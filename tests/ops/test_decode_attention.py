@@ -29,6 +29,9 @@ DEVICES = [
 ]
 
 
+FOUR_BITS = QuantSpec(128, 4)
+
+
 @dataclass(frozen=True)
 class Case:
     """A batch of rows with sinks, packed tokens and recent tokens."""
@@ -40,8 +43,8 @@ class Case:
     tokens: int = 256
     dense: int = 21
     sinks: int = 4
-    k: QuantSpec = QuantSpec(128, 4)
-    v: QuantSpec = QuantSpec(128, 4)
+    k: QuantSpec = FOUR_BITS
+    v: QuantSpec = FOUR_BITS
     statistic: Statistic = "none"
     starts: tuple[int, ...] | None = None
     seqlens: tuple[int, ...] | None = None
@@ -335,7 +338,7 @@ def test_bad_input(name: str) -> None:
     change, message = BAD[name]
     with pytest.raises(InputError, match=message):
         decode_attention(built.query, built.pages._replace(**change))
-    with pytest.raises(InputError, match="dense.keys must be"):
+    with pytest.raises(InputError, match=r"dense\.keys must be"):
         decode_attention(built.query, built.pages, Dense(built.query, built.query, 1))
 
 

@@ -101,10 +101,10 @@ def decode_attention(
     Cost: reads each page once per 16 query rows of its key head.
     """
     _check(query, pages, dense, starts)
-    empty = (None, None, None, 0, 0) if dense is None else None
-    k_dense, v_dense, lengths, n_dense, n_sinks = empty or (
-        dense.keys, dense.values, dense.lengths, dense.n_dense, dense.n_sinks
-    )  # fmt: skip
+    k_dense = v_dense = lengths = None
+    n_dense = n_sinks = 0
+    if dense is not None:
+        k_dense, v_dense, n_dense, n_sinks, lengths = dense
     args = (
         query,
         pages.keys,

@@ -18,11 +18,8 @@ def _rotated(codes: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> torc
 
 def _of_rows(pages: torch.Tensor, page_table: torch.Tensor | None, batch: int) -> torch.Tensor:
     """Return the pages (B, Hkv, pages, bytes) of each row."""
-    if page_table is not None:
-        pages = pages[page_table.long()]
-    else:
-        pages = pages.unflatten(0, (batch, -1))
-    return pages.transpose(1, 2)
+    by_row = pages.unflatten(0, (batch, -1)) if page_table is None else pages[page_table.long()]
+    return by_row.transpose(1, 2)
 
 
 def decode_attention(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Programmatic dependent launch (sm_90): a kernel starts while the one before it runs, and waits here
-# before it reads what that wrote.
+# Programmatic dependent launch (sm_90): the fused kernel starts while the projection runs, fetches
+# its first pages, and waits before it reads the query.
 _WAIT = tl.constexpr("griddepcontrol.wait; // $0")
 _RELEASE = tl.constexpr("griddepcontrol.launch_dependents; // $0")
 
@@ -23,18 +23,27 @@ def _dependency(INSTRUCTION: tl.constexpr):
     tl.inline_asm_elementwise(INSTRUCTION, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
+@triton.jit
+def _rotate(x, matrix):
+    """Return `x @ matrix` for an fp16 matrix and float32 x, itself in two fp16 terms."""
+    high = x.to(tl.float16)
+    low = (x - high.to(tl.float32)).to(tl.float16)
+    return tl.dot(high, matrix) + tl.dot(low, matrix)
+
+
 @triton.jit(do_not_specialize=["rows", "q_len"])
 def project_kernel(
     query, matrix, equalizer, shift, projected, query_scale, shift_logits,
-    rows, q_len, scale,
+    rows, q_len, scale, unit,
     query_b, query_h, query_q, eq_b, eq_h, shift_b, shift_h,
     HKV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Write `scale * log2(e) * R (equalizer * q)` in fp16, and `scale * log2(e) * q . shift`.
 
-    Grid: (B * Hkv, D / COLUMNS, ROWS / 16). Rows beyond the query's are zero. 16 rows whose numbers might leave
-    fp16 (a rotated number is at most the norm) are divided by a power of two, `query_scale`.
+    Grid: (B * Hkv, D / COLUMNS, ROWS / 16). Rows beyond the query's are zero. 16 rows whose numbers
+    might leave fp16 (a rotated number is at most the norm) are divided by a power of two,
+    `query_scale`. R is `unit * matrix`.
     """
     head = tl.program_id(0)
     part = tl.program_id(1)
@@ -45,91 +54,96 @@ def project_kernel(
     h = head % HKV
     row = tl.program_id(2) * 16 + tl.arange(0, 16)
     d = tl.arange(0, D)
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.load(matrix + column[None, :] * D + d[:, None])  # of R^T: (channel, rotated channel)
     inside = row < rows
     base = query + b.to(tl.int64) * query_b + h * (rows // q_len) * query_h
     at = base + (row // q_len * query_h + row % q_len * query_q)[:, None] + d[None, :]
-    q = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32) * (scale * LOG2E)  # (ROWS, D)
-    if shift is not None:
-        if part == 0:
-            centre = tl.load(shift + b * shift_b + h * shift_h + d).to(tl.float32)
-            logits = tl.sum(q * centre[None, :], 1)
-            tl.store(shift_logits + head * rows + row, logits, mask=inside)
+    q = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32) * (scale * LOG2E)  # (16, D)
+    if shift is not None and part == 0:
+        centre = tl.load(shift + b * shift_b + h * shift_h + d).to(tl.float32)
+        logits = tl.sum(q * centre[None, :], 1)
+        tl.store(shift_logits + head * rows + row, logits, mask=inside)
     if equalizer is not None:
         q = q * tl.load(equalizer + b * eq_b + h * eq_h + d).to(tl.float32)[None, :]
     norm = tl.sqrt(tl.max(tl.sum(q * q, 1), 0))
     exponent = tl.ceil(tl.log2(tl.maximum(norm / FP16_HEADROOM, 1.0)))
     if part == 0:
         tl.store(query_scale + head * (ROWS // 16) + tl.program_id(2), tl.exp2(exponent))
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
-    r = tl.load(matrix + column[None, :] * D + d[:, None])  # of R^T: (channel, rotated channel)
-    turned = tl.dot(q, r, input_precision="tf32x3") * tl.exp2(-exponent)  # (ROWS, COLUMNS)
+    turned = _rotate(q * (tl.exp2(-exponent) * unit), r)  # (16, COLUMNS)
     at = projected + head.to(tl.int64) * ROWS * D + row[:, None] * D + column[None, :]
     tl.store(at, turned.to(tl.float16))
 
 
 @triton.jit
-def _split_weights(lse, shift_logits, head, splits, packed_splits, rows, row, split):
-    """Return log2-sum-exps of some splits of a query row, the key shift's logit included."""
-    at = lse + head.to(tl.int64) * splits * rows + split * rows + row
-    logits = tl.load(at, mask=split < splits, other=float("-inf"))
+def _split_logits(lse, shift_logits, head, splits, dense_splits, rows, row, split):
+    """Return log2-sum-exps (ROWS, SPLITS) of query rows, the key shift's logits included."""
+    at = lse + (head.to(tl.int64) * splits + split[None, :]) * rows + row[:, None]
+    inside = (row < rows)[:, None] & (split < splits)[None, :]
+    logits = tl.load(at, mask=inside, other=float("-inf"))
     if shift_logits is not None:
-        shifted = tl.load(shift_logits + head * rows + row)
-        logits += tl.where(split < packed_splits, shifted, 0.0)
+        shifted = tl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
+        logits += tl.where((split >= dense_splits)[None, :], shifted[:, None], 0.0)
     return logits
 
 
-@triton.jit(do_not_specialize=["splits", "packed_splits", "rows"])
+@triton.jit(do_not_specialize=["splits", "dense_splits", "rows"])
 def merge_kernel(
     partial, lse, shift_logits, matrix, equalizer, shift, out, out_lse,
-    splits, packed_splits, rows,
+    splits, dense_splits, rows, unit,
     eq_b, eq_h, shift_b, shift_h,
-    HKV: tl.constexpr, DV: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    HKV: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one query row, and bring what the packed ones saw back to channels.
+    """Merge the splits of some query rows, and bring what the packed ones saw back to channels.
 
     `out = equalizer * R^T (sum of packed) + shift * (weight of packed) + sum of dense`; a key shift
     adds its logit to the packed log-sum-exps (arXiv 2205.14135, section 3.1, for the merge).
-    Grid: (rows, B * Hkv).
+    Grid: (rows / ROWS, B * Hkv). R is `unit * matrix`.
     """
-    row = tl.program_id(0)
     head = tl.program_id(1)
     b = head // HKV
     h = head % HKV
+    d = tl.arange(0, DV)
     if PDL:
         _dependency(_WAIT)
-        _dependency(_RELEASE)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)
-    logits = _split_weights(lse, shift_logits, head, splits, packed_splits, rows, row, split)
-    peak = tl.max(logits, 0)
+    logits = _split_logits(lse, shift_logits, head, splits, dense_splits, rows, row, split)
+    peak = tl.max(logits, 1)
     anchor = tl.where(peak == float("-inf"), 0.0, peak)
-    weights = tl.exp2(logits - anchor)
-    mass = tl.sum(weights, 0)
-    packed_mass = tl.sum(tl.where(split < packed_splits, weights, 0.0), 0)
+    weights = tl.exp2(logits - anchor[:, None])
+    mass = tl.sum(weights, 1)  # (ROWS,)
+    packed_mass = tl.sum(tl.where((split >= dense_splits)[None, :], weights, 0.0), 1)
     inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
-    base = partial + (head.to(tl.int64) * splits * rows + row) * DV
-    d = tl.arange(0, DV)
-    packed = tl.zeros((DV,), tl.float32)
-    for start in range(0, packed_splits, CHUNK):
+    inside = row < rows
+    base = partial + head.to(tl.int64) * splits * rows * DV
+    packed = tl.zeros((ROWS, DV), tl.float32)
+    dense = tl.zeros((ROWS, DV), tl.float32)
+    for start in range(0, splits, CHUNK):
         s = start + tl.arange(0, CHUNK)
-        w = _split_weights(lse, shift_logits, head, splits, packed_splits, rows, row, s)
-        w = tl.where(s < packed_splits, tl.exp2(w - anchor), 0.0)
-        at = base + s[:, None] * (rows * DV) + d[None, :]
-        packed += tl.sum(tl.load(at, mask=(w > 0)[:, None], other=0.0) * w[:, None], 0)
+        at = base + (s[None, :, None] * rows + row[:, None, None]) * DV + d[None, None, :]
+        there = inside[:, None] & (s < splits)[None, :]
+        x = tl.load(at, mask=there[:, :, None], other=0.0)  # (ROWS, CHUNK, DV)
+        w = _split_logits(lse, shift_logits, head, splits, dense_splits, rows, row, s)
+        w = tl.exp2(w - anchor[:, None]) * inverse[:, None]  # (ROWS, CHUNK)
+        x = tl.where((w > 0)[:, :, None], x, 0.0)  # a split that saw nothing was not written
+        is_packed = (s >= dense_splits)[None, :]
+        packed += tl.sum(x * tl.where(is_packed, w, 0.0)[:, :, None], 1)
+        if start < dense_splits:
+            dense += tl.sum(x * tl.where(is_packed, 0.0, w)[:, :, None], 1)
+    r = tl.load(matrix + d[:, None] * DV + d[None, :])  # (rotated channel, channel)
+    # a tensor core wants 16 rows: fewer are repeated
+    COPIES: tl.constexpr = 16 // ROWS
+    wide = tl.broadcast_to((packed * unit)[None, :, :], (COPIES, ROWS, DV))
+    turned = tl.reshape(_rotate(tl.reshape(wide, (16, DV)), r), (COPIES, ROWS, DV))
+    x = tl.sum(turned, 0) * (1.0 / COPIES)
+    if equalizer is not None:
+        x = x * tl.load(equalizer + b * eq_b + h * eq_h + d).to(tl.float32)[None, :]
+    if shift is not None:
+        centre = tl.load(shift + b * shift_b + h * shift_h + d).to(tl.float32)
+        x = x + (packed_mass * inverse)[:, None] * centre[None, :]
     # out is (B, Hq, q, DV): the rows of a head are its query heads, and their queries
-    target = out + (head.to(tl.int64) * rows + row) * DV
-    for first in range(0, DV, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        r = tl.load(matrix + d[:, None] * DV + column[None, :])  # (rotated channel, channel)
-        x = tl.sum(packed[:, None] * r, 0)
-        if equalizer is not None:
-            x = x * tl.load(equalizer + b * eq_b + h * eq_h + column).to(tl.float32)
-        if shift is not None:
-            x = x + packed_mass * tl.load(shift + b * shift_b + h * shift_h + column).to(tl.float32)
-        for dense in range(packed_splits, splits):
-            w = _split_weights(lse, shift_logits, head, splits, packed_splits, rows, row, dense)
-            w = tl.exp2(w - anchor)
-            seen = w > 0
-            x += w * tl.load(base + dense * (rows * DV) + column, mask=seen, other=0.0)
-        tl.store(target + column, (x * inverse).to(out.dtype.element_ty))
-    tl.store(out_lse + head * rows + row, (peak + tl.log2(mass)) * LN2)
+    target = out + (head.to(tl.int64) * rows + row[:, None]) * DV + d[None, :]
+    tl.store(target, (x + dense).to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(out_lse + head * rows + row, (peak + tl.log2(mass)) * LN2, mask=inside)

@@ -3,11 +3,11 @@
     tokens on M, query rows on N         S = K q       mma.m16n8k16: 16 tokens, 8 rows, 16 channels
                                          O^T = V^T P   16 channels, 8 rows, 16 tokens
 
-Codes go global -> shared (`cp.async`) -> registers in operand layout (`ldmatrix`) and are decoded in
-place; keys and values take turns, so each has half an iteration to arrive. One warp has no barriers
-to wait at and its softmax needs three shuffles per page. What is counted, per code at 4 bits
-(128 + 128 channels, 64 tokens, 8 rows; sm_90, `nvdisasm`): 2.2 instructions, 1.4 of them for the
-half-rate integer pipe; e4m3 2.0 and 1.3. Gluon rather than plain Triton, because the compiler
+Codes go global -> shared (`cp.async`) -> registers in operand layout (`ldmatrix`), where they are
+decoded in place; keys and values take turns, so each has half an iteration to arrive. One warp has
+no barriers to wait at, and its softmax needs three shuffles per page. What is counted, per code at
+4 bits (128 + 128 channels, 64 tokens, 8 rows; sm_90, `nvdisasm`): 2.2 instructions, 1.6 of them for
+the half-rate integer pipe; e4m3 2.0 and 1.4. Gluon rather than plain Triton, because the compiler
 otherwise moves the codes through shared memory once more after decoding.
 """
 
@@ -17,192 +17,31 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-WAIT: gl.constexpr = gl.constexpr("griddepcontrol.wait; // $0")
-RELEASE: gl.constexpr = gl.constexpr("griddepcontrol.launch_dependents; // $0")
-"""Programmatic dependent launch: see `edges`."""
-LOWEST: gl.constexpr = gl.constexpr(-1.0e30)
-"""Where the running maximum starts: finite, so that masked scores (-inf) give weight 0."""
-RESCALE_ABOVE: gl.constexpr = gl.constexpr(8.0)
-"""The maximum may lag by 2^8 before sums are rescaled: weights stay in fp16's range."""
-
-
-@gluon.jit
-def _dependency(INSTRUCTION: gl.constexpr):
-    gl.inline_asm_elementwise(INSTRUCTION, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _load_table(table, E4M3: gl.constexpr, LOAD: gl.constexpr):
-    """Return the words of a lookup table, each in a register; e4m3 needs only the last two."""
-    FIRST: gl.constexpr = 2 if E4M3 else 0
-    words = ()
-    for i in gl.static_range(FIRST, 4):
-        address = (table + 32 * i).to(gl.int64)
-        word = gl.inline_asm_elementwise(
-            LOAD, "=r,l", [address], dtype=gl.int32, is_pure=True, pack=1
-        )
-        words = words + (word,)
-    return words + words if E4M3 else words
-
-
-@gluon.jit
-def _like(word, x):
-    return gl.full(x.shape, 0, gl.int32, x.type.layout) + word
-
-
-@gluon.jit
-def _decode(
-    plane0, plane1, row, table,
-    ROWS: gl.constexpr, BITS: gl.constexpr, OPERAND: gl.constexpr, PLANE1: gl.constexpr,
-    PTX: gl.constexpr, CONSTRAINTS: gl.constexpr, HALVE: gl.constexpr,
-):  # fmt: skip
-    """Return the parts (ROWS, width) of some rows in fp16, as operand A."""
-    x = plane0.slice(row, ROWS).load(OPERAND)
-    t0, t1, t2, t3 = _like(table[0], x), _like(table[1], x), _like(table[2], x), _like(table[3], x)
-    if BITS == 4:
-        return gl.inline_asm_elementwise(
-            PTX,
-            CONSTRAINTS,
-            [x, t0, t1, t2, t3],
-            dtype=(gl.float16, gl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    elif BITS == 2:
-        return gl.inline_asm_elementwise(
-            PTX,
-            CONSTRAINTS,
-            [x, t0, t1, t2, t3],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        high = plane1.slice(row, ROWS).load(PLANE1)
-        odd = gl.inline_asm_elementwise(HALVE, "=r,r", [high], dtype=gl.uint8, is_pure=True, pack=4)
-        high = gl.join(high, odd).permute((0, 2, 1)).reshape(x.shape)
-        high = gl.convert_layout(high, x.type.layout, assert_trivial=True)
-        return gl.inline_asm_elementwise(
-            PTX, CONSTRAINTS, [x, high, t0, t1, t2, t3],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _stack2(a, b, LAYOUT: gl.constexpr):
-    """Stack two (R, N) tiles: registers get other names, nothing moves."""
-    R: gl.constexpr = a.shape[0]
-    N: gl.constexpr = a.shape[1]
-    both = gl.join(a, b).permute((2, 0, 1)).reshape((2 * R, N))
-    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _stack(tiles, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    if COUNT == 1:
-        return tiles[0]
-    elif COUNT == 2:
-        return _stack2(tiles[0], tiles[1], LAYOUT)
-    else:
-        low = _stack2(tiles[0], tiles[1], LAYOUT)
-        return _stack2(low, _stack2(tiles[2], tiles[3], LAYOUT), LAYOUT)
-
-
-@gluon.jit
-def _fold2(x, LAYOUT: gl.constexpr):
-    R: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    low, high = gl.split(x.reshape((2, R // 2, N)).permute((1, 2, 0)))
-    return gl.convert_layout(low + high, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _fold(x, LAYOUT: gl.constexpr):
-    """Add up the tiles of 16 rows, each lane its own."""
-    R: gl.constexpr = x.shape[0]
-    if R == 16:
-        return x
-    elif R == 32:
-        return _fold2(x, LAYOUT)
-    else:
-        return _fold2(_fold2(x, LAYOUT), LAYOUT)
-
-
-@gluon.jit
-def _as_operand(p, MMA: gl.constexpr):
-    """Return weights (R, N) as operand B of a product over tokens in `token_order`."""
-    R: gl.constexpr = p.shape[0]
-    N: gl.constexpr = p.shape[1]
-    x = gl.convert_layout(p, gl.DotOperandLayout(1, MMA, 2))
-    x = x.reshape((R // 32, 2, 2, 4, 2, N)).permute((0, 2, 3, 1, 4, 5)).reshape((R, N))
-    return gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 4), assert_trivial=True)
-
-
-@gluon.jit
-def _scales(stored, T: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr, ROW: gl.constexpr):
-    """Return the scales of each part of a page's rows, fp16."""
-    x = stored.load(LAYOUT).permute((1, 0)).reshape((T,))
-    low, high = gl.split(x.reshape((2, T // 2)).permute((1, 0)))
-    parts = (low, high)
-    if PARTS == 4:
-        a, b = gl.split(low.reshape((2, T // 4)).permute((1, 0)))
-        c, d = gl.split(high.reshape((2, T // 4)).permute((1, 0)))
-        parts = (a, b, c, d)
-    out = ()
-    for i in gl.static_range(PARTS):
-        out = out + (gl.convert_layout(parts[i], ROW, assert_trivial=True),)
-    return out
-
-
-@gluon.jit
-def _copy_page(
-    plane0, plane1, scales, page, offsets0, offsets1, scale_offsets, mask,
-    SCALES_AT: gl.constexpr, BITS: gl.constexpr,
-):  # fmt: skip
-    async_copy.async_copy_global_to_shared(plane0, page + offsets0, mask=mask)
-    if BITS == 3:
-        async_copy.async_copy_global_to_shared(plane1, page + offsets1, mask=mask)
-    at = (page + SCALES_AT).to(gl.pointer_type(gl.float16))
-    async_copy.async_copy_global_to_shared(scales, at + scale_offsets, mask=mask)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _soft_cap(s, cap):
-    """Return `cap * tanh(s / cap)`; s and cap in units of log2."""
-    x = s / cap
-    e = gl.exp2(-2.885390081777927 * gl.abs(x))  # exp(-2 |x|)
-    t = (1.0 - e) / (1.0 + e)
-    return cap * gl.where(x < 0, -t, t)
-
-
-@gluon.jit
-def _online(s, m, l, acc, COUNT: gl.constexpr, PARTS: gl.constexpr):
-    """Raise the running maximum to the scores' if it lags too far, and rescale what it scaled."""
-    top = s[0]
-    for i in gl.static_range(COUNT - 1):
-        top = gl.maximum(top, s[i + 1])
-    peak = gl.max(top, 0)
-    if gl.max(peak - m, 0) > RESCALE_ABOVE:
-        new = gl.maximum(m, peak)
-        alpha = gl.exp2(m - new)
-        m = new
-        l = l * alpha[None, :]
-        scaled = ()
-        for i in gl.static_range(PARTS):
-            scaled = scaled + (acc[i] * alpha[None, :],)
-        acc = scaled
-    return m, l, acc
+from quantforge.ops.decode_attention.tiles import (
+    LOWEST,
+    RELEASE,
+    WAIT,
+    as_operand,
+    copy_page,
+    decode,
+    dependency,
+    fold,
+    load_table,
+    online,
+    scales,
+    soft_cap,
+    stack,
+)
 
 
 @gluon.jit
 def _dense_rows(
     query, key, value, first, n_dense, n_tokens, n_sinks, rows, q_len,
-    position, visible_from, softcap, scale, query_h, query_q, key_n, value_n, m, l, acc, group,
+    position, visible_from, softcap, scale, query_h, query_q, key_n, value_n, m, mass, acc, group,
     D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, SOFTCAP: gl.constexpr, VC: gl.constexpr,
-    MMA: gl.constexpr,
+    MMA: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """Attend to 128 rows of sinks and recent tokens, in the model's dtype."""
+    """Attend to DENSE rows of sinks and recent tokens, in the model's dtype."""
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -213,48 +52,67 @@ def _dense_rows(
     row = group * N + gl.arange(0, N, gl.SliceLayout(0, B))
     q_at = query + row // q_len * query_h + row % q_len * query_q
     q = gl.load(q_at[None, :] + d[:, None], mask=(row < rows)[None, :], other=0.0).to(dtype)
-    values = gl.allocate_shared_memory(dtype, [DV // VC, 16, VC], SHARED)
+    values = gl.allocate_shared_memory(dtype, [DENSE // 16 * (DV // VC), 16, VC], SHARED)
     copy_row = gl.arange(0, 16, gl.SliceLayout(1, COPY))
     copy_column = gl.arange(0, VC, gl.SliceLayout(0, COPY))
+    for tile in gl.static_range(DENSE // 16):  # everything is on its way before anything is used
+        r = first + tile * 16 + copy_row
+        for i in gl.static_range(DV // VC):
+            v_at = value + r[:, None].to(gl.int64) * value_n + (i * VC + copy_column)[None, :]
+            buffer = values.index(tile * (DV // VC) + i)
+            async_copy.async_copy_global_to_shared(buffer, v_at, mask=(r < n_dense)[:, None])
+    async_copy.commit_group()
     k_row = gl.arange(0, 16, gl.SliceLayout(1, A))
     k_column = gl.arange(0, D, gl.SliceLayout(0, A))
-    score_row = gl.arange(0, 16, ROW)
-    for tile in range(first, gl.minimum(first + 128, n_dense), 16):
-        inside = tile + copy_row < n_dense
-        for i in gl.static_range(DV // VC):
-            v_at = value + (tile + copy_row)[:, None].to(gl.int64) * value_n
-            v_at = v_at + (i * VC + copy_column)[None, :]
-            async_copy.async_copy_global_to_shared(values.index(i), v_at, mask=inside[:, None])
-        async_copy.commit_group()
-        k_at = key + (tile + k_row)[:, None].to(gl.int64) * key_n + k_column[None, :]
-        k = gl.load(k_at, mask=(tile + k_row < n_dense)[:, None], other=0.0)
-        s = mma_v2(k, q, gl.zeros((16, N), gl.float32, MMA)) * scale
+    keys = ()
+    for tile in gl.static_range(DENSE // 16):
+        r = first + tile * 16 + k_row
+        k_at = key + r[:, None].to(gl.int64) * key_n + k_column[None, :]
+        keys = keys + (gl.load(k_at, mask=(r < n_dense)[:, None], other=0.0),)
+    scores = ()
+    for tile in gl.static_range(DENSE // 16):
+        s = mma_v2(keys[tile], q, gl.zeros((16, N), gl.float32, MMA)) * scale
         if SOFTCAP:
-            s = _soft_cap(s, softcap)
-        t = tile + score_row
+            s = soft_cap(s, softcap)
+        t = first + tile * 16 + gl.arange(0, 16, ROW)
         place = gl.where(t < n_sinks, t, t + n_tokens)[:, None]
         seen = (place >= visible_from[None, :]) & (place <= position[None, :])
-        s = gl.where(seen & (t < n_dense)[:, None], s, float("-inf"))
-        m, l, acc = _online((s,), m, l, acc, 1, DV // VC)
-        weight = gl.exp2(s - m[None, :])
-        l = l + weight
+        scores = scores + (gl.where(seen & (t < n_dense)[:, None], s, float("-inf")),)
+    m, mass, acc = online(scores, m, mass, acc, DENSE // 16, DV // VC)
+    async_copy.wait_group(0)
+    for tile in gl.static_range(DENSE // 16):
+        weight = gl.exp2(scores[tile] - m[None, :])
+        mass = mass + weight
         w = gl.convert_layout(weight.to(dtype), B)
-        async_copy.wait_group(0)
         new = ()
         for i in gl.static_range(DV // VC):
-            v = values.index(i).permute((1, 0)).load(A)
+            v = values.index(tile * (DV // VC) + i).permute((1, 0)).load(A)
             new = new + (mma_v2(v, w, acc[i]),)
         acc = new
-    return m, l, acc
+    return m, mass, acc
 
 
-@gluon.jit(do_not_specialize=["n_tokens", "n_dense", "n_sinks", "window", "packed_splits",
-                              "pages_per_split", "pages_per_row", "rows", "q_len", "row_block"])  # fmt: skip
+# a change of these must not compile the kernel again
+LENGTHS = [
+    "n_tokens",
+    "n_dense",
+    "n_sinks",
+    "window",
+    "dense_splits",
+    "pages_per_split",
+    "pages_per_row",
+    "rows",
+    "q_len",
+    "row_block",
+]
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
     projected, query_scale, shift_logits, query, k_pages, v_pages, k_table, v_table,
     page_table, seqlens, starts, dense_lens, k_dense, v_dense, out, lse,
-    n_tokens, n_dense, n_sinks, window, packed_splits, pages_per_split, pages_per_row, rows, q_len, row_block,
-    softcap, dense_scale,
+    n_tokens, n_dense, n_sinks, window, dense_splits, pages_per_split, pages_per_row, rows,
+    q_len, row_block, softcap, dense_scale,
     query_b, query_h, query_q, kd_b, kd_h, kd_n, vd_b, vd_h, vd_n,
     HKV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_E4M3: gl.constexpr, V_E4M3: gl.constexpr,
@@ -262,12 +120,12 @@ def decode_kernel(
     HAS_DENSE: gl.constexpr, PDL: gl.constexpr,
     K_PTX: gl.constexpr, K_OPERANDS: gl.constexpr, V_PTX: gl.constexpr, V_OPERANDS: gl.constexpr,
     LOAD: gl.constexpr, HALVE: gl.constexpr, K_PLANE1: gl.constexpr, V_PLANE1: gl.constexpr,
-    SCALES: gl.constexpr, VC: gl.constexpr,
+    SCALES: gl.constexpr, VC: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """Attend N query rows of one key head to one range of keys.
 
-    Grid: (groups of N rows, splits, B * Hkv); splits beyond `packed_splits` are dense rows, 128
-    each. Writes normalized outputs (B * Hkv, splits, rows, DV) and log2-sum-exps; a split without a
+    Grid: (groups of N rows, splits, B * Hkv); the first `dense_splits` are dense rows, DENSE each.
+    Writes normalized outputs (B * Hkv, splits, rows, DV) and log2-sum-exps; a split without a
     visible key writes only a log-sum-exp of -inf.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
@@ -275,8 +133,6 @@ def decode_kernel(
     )
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     COL: gl.constexpr = gl.SliceLayout(0, MMA)
-    if PDL:
-        _dependency(RELEASE)
     group = gl.program_id(0)
     split = gl.program_id(1)
     head = gl.program_id(2)
@@ -297,12 +153,12 @@ def decode_kernel(
         visible_from = gl.maximum(visible_from, position - window + 1)
 
     acc = ()
-    for i in gl.static_range(DV // VC):
+    for _ in gl.static_range(DV // VC):
         acc = acc + (gl.zeros((VC, N), gl.float32, MMA),)
     m = gl.full((N,), LOWEST, gl.float32, COL)
-    l = gl.zeros((16, N), gl.float32, MMA)
+    mass = gl.zeros((16, N), gl.float32, MMA)
 
-    if split < packed_splits:
+    if split >= dense_splits:
         KP: gl.constexpr = 2 if K_BITS == 4 else 4
         VP: gl.constexpr = 2 if V_BITS == 4 else 4
         KW: gl.constexpr = D // KP  # bytes of plane 0 of a key
@@ -312,7 +168,7 @@ def decode_kernel(
         V_AT: gl.constexpr = T * DV * V_BITS // 8
         A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
         B: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-        first = split * pages_per_split
+        first = (split - dense_splits) * pages_per_split
         last = gl.minimum(first + pages_per_split, (n_tokens + T - 1) // T)
         if start > n_sinks:  # pages that no row can see
             first = gl.maximum(first, (start - n_sinks) // T)
@@ -328,10 +184,10 @@ def decode_kernel(
             V_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 128 // VW, VW // 16, [1, 0])
             SHARED1: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
             S_SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
-            k_codes = _load_table(k_table, K_E4M3, LOAD)
+            k_codes = load_table(k_table, K_E4M3, LOAD)
             v_codes = k_codes
             if v_table is not None:
-                v_codes = _load_table(v_table, V_E4M3, LOAD)
+                v_codes = load_table(v_table, V_E4M3, LOAD)
             r = gl.arange(0, T, gl.SliceLayout(1, K_COPY))
             c = gl.arange(0, KW, gl.SliceLayout(0, K_COPY))
             token = r // 32 * 32 + r % 2 + r // 16 % 2 * 2 + r // 2 % 4 * 4 + r // 8 % 2 * 16
@@ -370,16 +226,16 @@ def decode_kernel(
                 page = gl.load(page_table + page).to(gl.int64)
             k_page = k_pages + (page * HKV + kv_head) * K_BYTES
             v_page = v_pages + (page * HKV + kv_head) * V_BYTES
-            _copy_page(
+            copy_page(
                 k_shared, k_shared1, k_scales, k_page, k_offsets, k_offsets1, s_offsets,
                 first < last, K_AT, K_BITS,
             )  # fmt: skip
-            _copy_page(
+            copy_page(
                 v_shared, v_shared1, v_scales, v_page, v_offsets, v_offsets1, s_offsets,
                 first < last, V_AT, V_BITS,
             )  # fmt: skip
             if PDL:  # pages do not depend on the launch before, the query does
-                _dependency(WAIT)
+                dependency(WAIT)
             d = gl.arange(0, KW, gl.SliceLayout(1, B))
             column = gl.arange(0, N, gl.SliceLayout(0, B))
             at = projected + (head.to(gl.int64) * row_block + group * N) * D
@@ -389,9 +245,8 @@ def decode_kernel(
                 q = q + (gl.load(at + i * KW),)
             unit = gl.load(query_scale + head * (row_block // 16) + group * N // 16)
             shifted = gl.zeros((N,), gl.float32, COL)
-            if SOFTCAP:
-                if shift_logits is not None:
-                    shifted = gl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
+            if SOFTCAP and shift_logits is not None:
+                shifted = gl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
 
             for p in range(first, last):
                 more = p + 1 < last
@@ -399,12 +254,12 @@ def decode_kernel(
                 if page_table is not None:
                     page = gl.load(page_table + page).to(gl.int64)
                 async_copy.wait_group(1)
-                ks = _scales(k_scales, T, VP, SCALES, ROW)
+                ks = scales(k_scales, T, VP, SCALES, ROW)
                 s = ()
                 for i in gl.static_range(VP):
                     tiles = ()
                     for h in gl.static_range(TP // 16):
-                        k = _decode(
+                        k = decode(
                             k_shared,
                             k_shared1,
                             i * TP + h * 16,
@@ -421,12 +276,12 @@ def decode_kernel(
                         for j in gl.static_range(KP):
                             x = mma_v2(k[j], q[j], x)
                         tiles = tiles + (x,)
-                    x = _stack(tiles, TP // 16, MMA) * (ks[i].to(gl.float32) * unit)[:, None]
+                    x = stack(tiles, TP // 16, MMA) * (ks[i].to(gl.float32) * unit)[:, None]
                     if SOFTCAP:
-                        x = _soft_cap(x + shifted[None, :], softcap)
+                        x = soft_cap(x + shifted[None, :], softcap)
                     s = s + (x,)
                 k_page = k_pages + (page * HKV + kv_head) * K_BYTES
-                _copy_page(
+                copy_page(
                     k_shared,
                     k_shared1,
                     k_scales,
@@ -465,17 +320,17 @@ def decode_kernel(
                         )
                         masked = masked + (gl.where(seen, s[i], float("-inf")),)
                     s = masked
-                m, l, acc = _online(s, m, l, acc, VP, DV // VC)
+                m, mass, acc = online(s, m, mass, acc, VP, DV // VC)
                 async_copy.wait_group(1)
-                vs = _scales(v_scales, T, VP, SCALES, ROW)
+                vs = scales(v_scales, T, VP, SCALES, ROW)
                 w = ()
                 for i in gl.static_range(VP):
                     weight = gl.exp2(s[i] - m[None, :])
-                    l = l + _fold(weight, MMA)
-                    w = w + (_as_operand(weight.to(gl.float16) * vs[i][:, None], MMA),)
+                    mass = mass + fold(weight, MMA)
+                    w = w + (as_operand(weight.to(gl.float16) * vs[i][:, None], MMA),)
                 new = ()
                 for i in gl.static_range(DV // VC):
-                    v = _decode(
+                    v = decode(
                         v_shared,
                         v_shared1,
                         i * VC,
@@ -494,7 +349,7 @@ def decode_kernel(
                     new = new + (x,)
                 acc = new
                 v_page = v_pages + (page * HKV + kv_head) * V_BYTES
-                _copy_page(
+                copy_page(
                     v_shared,
                     v_shared1,
                     v_scales,
@@ -510,18 +365,20 @@ def decode_kernel(
     else:
         if HAS_DENSE:
             if PDL:
-                _dependency(WAIT)
+                dependency(WAIT)
             kv_head = head % HKV
-            m, l, acc = _dense_rows(
+            m, mass, acc = _dense_rows(
                 query + b * query_b + kv_head * (rows // q_len) * query_h,
                 k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
                 v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
-                (split - packed_splits) * 128, n_dense, n_tokens, n_sinks, rows, q_len,
+                split * DENSE, n_dense, n_tokens, n_sinks, rows, q_len,
                 position, visible_from, softcap, dense_scale, query_h, query_q, kd_n, vd_n,
-                m, l, acc, group, D, DV, N, SOFTCAP, VC, MMA,
+                m, mass, acc, group, D, DV, N, SOFTCAP, VC, MMA, DENSE,
             )  # fmt: skip
 
-    total = gl.sum(l, 0)
+    if PDL:
+        dependency(RELEASE)
+    total = gl.sum(mass, 0)
     seen = total > 0
     base = (head * gl.num_programs(1) + split).to(gl.int64) * rows
     inside = row < rows

@@ -5,8 +5,8 @@
     e4m3     one table of bytes, `prmt`, then a conversion of two bytes at a time (exact)
     others   a table of low bytes and one of high bytes, two `prmt`, two more to interleave them
 
-Instructions for 8 codes (on Hopper `prmt`, `lop3`, shifts and conversions share one pipe that takes a
-warp every second cycle; left shifts go to another):
+Instructions for 8 codes (on Hopper `prmt`, `lop3`, right shifts and conversions share one pipe that
+takes a warp every second cycle; left shifts go to another):
 
              mask  shift  lookup  sign  interleave or convert    total
     4 bits   1     1 + 1  2 / 4   2     4                        11 e4m3, 13

@@ -17,16 +17,17 @@ from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
 from quantforge.ops import constants
 from quantforge.ops.decode_attention.edges import merge_kernel, project_kernel
 from quantforge.ops.decode_attention.lookup import HALVE, LOAD_BY_LANE, lookup
-from quantforge.ops.launch import capability, cannot_run_on, multiprocessors
+from quantforge.ops.launch import cannot_run_on, capability, multiprocessors
 from quantforge.ops.pages import lookup_table
 from quantforge.spec import QuantSpec
 
 LOG2E = 1.4426950408889634
-DENSE_ROWS = 128
-"""Dense rows in a split of their own."""
-MERGE_CHUNK = 16
+DENSE_ROWS = 32
+"""Dense rows in a split: short ones, first in the grid, end before the packed ones."""
 COLUMNS = 32
 """Columns of a rotation that a program holds at a time."""
+MERGE_NUMBERS = 1 << 13
+"""Numbers of partial results that a merging program holds at a time."""
 VALUE_CHANNELS = 32
 """Channels of values decoded at a time: bounds the registers in flight."""
 
@@ -53,7 +54,7 @@ TUNING = {
     (3, False): Tuning(None, 12, 8),
     (3, True): Tuning(128, 16, 8),
     (4, False): Tuning(128, 16, 8),
-    (4, True): Tuning(None, 15, 8),
+    (4, True): Tuning(128, 16, 8),
 }
 
 
@@ -91,7 +92,8 @@ class Plan:
         tuning: how to run it.
         constants: compile-time arguments of the fused kernel.
         tables: lookup tables of keys and values; None for values: that of the keys.
-        rotations: of keys and values.
+        rotations: of keys and values, fp16, for Hadamard rotations in units of `units`.
+        units: factors of the rotations.
     """
 
     layout: PageLayout
@@ -99,6 +101,7 @@ class Plan:
     constants: dict[str, object]
     tables: tuple[torch.Tensor, torch.Tensor | None]
     rotations: tuple[torch.Tensor, torch.Tensor]
+    units: tuple[float, float]
 
 
 @lru_cache
@@ -151,17 +154,25 @@ def plan_of(k_spec_key: str, v_spec_key: str, device: torch.device) -> Plan:
         "V_PLANE1": plane1(VALUE_CHANNELS),
         "SCALES": scales(layout.tokens),
         "VC": VALUE_CHANNELS,
+        "DENSE": DENSE_ROWS,
     }
     return Plan(
         layout,
         TUNING[k_spec.bits, k_spec.codebook == "e4m3"],
         compile_time,
         (k_table, None if torch.equal(k_table, v_table) else v_table),
-        (
-            constants.rotation(k_spec, k_spec.seed, device),
-            constants.rotation(v_spec, v_spec.seed, device),
-        ),
+        (_rotation(k_spec, device)[0], _rotation(v_spec, device)[0]),
+        (_rotation(k_spec, device)[1], _rotation(v_spec, device)[1]),
     )
+
+
+def _rotation(spec: QuantSpec, device: torch.device) -> tuple[torch.Tensor, float]:
+    """Return a rotation as an fp16 matrix and its unit: a Hadamard matrix is +-1, exactly."""
+    unit = spec.dim**-0.5 if spec.rotation == "hadamard" else 1.0
+    matrix = constants.rotation(spec, spec.seed, device) / unit
+    if spec.rotation == "hadamard":
+        matrix = matrix.round()
+    return matrix.to(torch.float16), unit
 
 
 def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
@@ -218,7 +229,8 @@ def decode_attention(
     dense_rows = 0
     if k_dense is not None:
         dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
-    splits = packed_splits + triton.cdiv(dense_rows, DENSE_ROWS)
+    dense_splits = triton.cdiv(dense_rows, DENSE_ROWS)
+    splits = packed_splits + dense_splits
 
     out = query.new_empty((batch, heads, q_len, v_dim := plan.rotations[1].shape[0]))
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
@@ -233,7 +245,8 @@ def decode_attention(
     shift_logits = lse.new_empty((units, rows)) if k_shift is not None else None
     project_kernel[(units, dim // COLUMNS, row_block // 16)](
         query, plan.rotations[0], k_equalizer, k_shift, projected, query_scale, shift_logits,
-        rows, q_len, scale, *query.stride()[:3], *_strides(k_equalizer), *_strides(k_shift),
+        rows, q_len, scale, plan.units[0], *query.stride()[:3], *_strides(k_equalizer),
+        *_strides(k_shift),
         HKV=kv_heads, D=dim, ROWS=row_block, COLUMNS=COLUMNS,
         PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
@@ -246,17 +259,21 @@ def decode_attention(
         projected, query_scale, shift_logits if softcap else None, query, k_pages, v_pages,
         *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, partial,
         partial_lse, n_tokens, n_dense if k_dense is not None else 0, n_sinks, window,
-        packed_splits, pages_per_split, pages_per_row, rows, q_len, row_block,
+        dense_splits, pages_per_split, pages_per_row, rows, q_len, row_block,
         softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *dense_strides,
         HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0,
         HAS_DENSE=k_dense is not None, **plan.constants,
         num_warps=1, maxnreg=tuning.max_registers, launch_pdl=pdl,
     )  # fmt: skip
-    merge_kernel[(rows, units)](
+    block = min(triton.next_power_of_2(rows), 16)
+    while block > 1 and units * triton.cdiv(rows, block) < multiprocessors(device):
+        block //= 2
+    merge_kernel[(triton.cdiv(rows, block), units)](
         partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
-        v_shift, out, lse, splits, packed_splits, rows,
+        v_shift, out, lse, splits, dense_splits, rows, plan.units[1],
         *_strides(v_equalizer), *_strides(v_shift),
-        HKV=kv_heads, DV=v_dim, SPLITS=triton.next_power_of_2(splits), CHUNK=MERGE_CHUNK,
-        COLUMNS=COLUMNS, PDL=pdl, launch_pdl=pdl,
+        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=triton.next_power_of_2(splits),
+        CHUNK=min(MERGE_NUMBERS // (block * v_dim), triton.next_power_of_2(splits)),
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
