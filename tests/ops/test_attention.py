@@ -11,6 +11,7 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.ops import attention
+from quantforge.ops._library import Impl, load_backend
 from quantforge.ops.attention import op
 from quantforge.ops.attention.api import Packed
 from quantforge.ops.attention.reference import attention as reference
@@ -32,6 +33,8 @@ from tests.helpers import (
     to_numpy,
 )
 
+HALF = (torch.float16, torch.bfloat16)
+CUDA = torch.device("cuda")
 K4, V4 = QuantSpec(64, 4, scale_rule="norm"), QuantSpec(64, 4, scale_rule="mse")
 
 
@@ -102,10 +105,14 @@ def _check(
     is_causal: bool = False,
     scale: float | None = None,
     packed: tuple[Packed, Packed] | None = None,
+    impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare output and log-sum-exp with the oracle and return them."""
+    """Compare output and log-sum-exp with the oracle and return them.
+
+    Half queries are compared in their dtype on a GPU, whose tensor cores multiply half numbers.
+    """
     packed = packed or (_packed(key), _packed(value))
-    out, lse = attention(query, *packed, mask=mask, is_causal=is_causal, scale=scale)
+    out, lse = attention(query, *packed, mask=mask, is_causal=is_causal, scale=scale, impl=impl)
     assert out.dtype == lse.dtype == torch.float32
     scale = key.spec.dim**-0.5 if scale is None else scale
     array = None if mask is None else to_numpy(mask)
@@ -113,7 +120,9 @@ def _check(
     cpu_mask = None if mask is None else mask.cpu()
     arguments = (cpu_mask, is_causal, scale)
     naive = [naive_attention(query.cpu(), [(key, value)], form, *arguments) for form in FORMS]
-    _assert_close(out, lse, exact, naive)
+    is_half = query.is_cuda and query.dtype in HALF
+    dtype = query.dtype if is_half else torch.float32
+    _assert_close(out.to(dtype), lse.to(dtype), exact, naive)
     return out, lse
 
 
@@ -459,3 +468,127 @@ def test_opcheck(masked: torch.dtype | None, statistic: Statistic, device: torch
     operands = [part for s in (key, value) for part in (s.packed, s.scales, *s.statistics.values())]
     arguments = (query, *operands, mask, masked is None, 0.1, k_spec.key, v_spec.key)
     torch.library.opcheck(op.attention, arguments)
+
+
+# ---- the fused kernels, which half queries reach in full; "triton" never falls back --------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("dim", [63, 64, 80, 96, 100, 112, 128, 192, 256])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.usefixtures("poison")
+def test_kernel_bits_and_dims(bits: int, dim: int, dtype: torch.dtype) -> None:
+    spec = spec_of(dim, bits)
+    key, value = _stores(spec, spec, 1, 2, 300, device=CUDA)
+    _check(_query(1, 8, 2, dim, device=CUDA, dtype=dtype), key, value, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 65, 200])
+@pytest.mark.parametrize("kind", [None, torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_kernel_rows_and_masks(
+    bits: int, kind: torch.dtype | None, rows: int, dtype: torch.dtype
+) -> None:
+    """Every shape of the kernel, some queries blind."""
+    spec = QuantSpec(128, bits)
+    key, value = _stores(spec, spec, 1, 2, 500, device=CUDA, statistic="per_head")
+    mask = None
+    if kind is not None:
+        numbers = torch.from_numpy(gaussian(rows, 500, seed=4)).to(CUDA)
+        seen = (numbers > 0) & (torch.arange(rows, device=CUDA) != 3)[:, None]
+        mask = seen if kind == torch.bool else torch.where(seen, numbers, -torch.inf).to(kind)
+    query = _query(1, 2, rows, 128, device=CUDA, dtype=dtype)
+    _check(query, key, value, mask=mask, is_causal=kind is torch.bool, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.usefixtures("poison")
+def test_kernel_layouts(bits: int, layout: str, dtype: torch.dtype) -> None:
+    spec, arrange = QuantSpec(64, bits), LAYOUTS[layout]
+    key, value = _stores(spec, spec, 2, 2, 130, device=CUDA, statistic="per_head")
+    packed = [Packed(arrange(s.packed), arrange(s.scales), s.spec, **s.statistics)
+              for s in (key, value)]  # fmt: skip
+    query = arrange(_query(2, 4, 7, 64, device=CUDA, dtype=dtype))
+    _check(query, key, value, packed=packed, impl="triton")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("bits", "dim"), [(1, 64), (3, 80), (4, 128), (5, 96), (8, 256)])
+@pytest.mark.parametrize("statistic", ["none", "per_head"])
+@pytest.mark.usefixtures("poison")
+def test_extend_by_chunks(
+    statistic: Statistic, bits: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enough query rows for the flash kernel, a history of several chunks and a rest."""
+    backend: Any = load_backend("attention", "triton")
+    spec = QuantSpec(dim, bits)
+    key, value = _stores(spec, spec, 2, 4, 700, device=CUDA, statistic=statistic)
+    query = _query(2, 8, 640, dim, device=CUDA, dtype=dtype)
+    grouped = query.reshape(2, 4, -1, dim)
+    assert backend.extend.reason_against(grouped, 700, spec, spec) is None
+    monkeypatch.setattr(backend.extend, "CHUNK_BYTES", 0)  # the least chunk: 256 tokens
+    _check(query, key, value, impl="triton")
+
+
+@pytest.mark.gpu
+def test_extend_memory_does_not_grow_with_the_history() -> None:
+    spec = QuantSpec(128, 4)
+    query = _query(1, 32, 512, 128, device=CUDA, dtype=torch.bfloat16)
+    extra = []
+    for n in (1 << 15, 1 << 17):
+        packed = torch.full((1, 8, n, 64), 0x5A, dtype=torch.uint8, device=CUDA)
+        scales = torch.ones(1, 8, n, 1, dtype=torch.float16, device=CUDA)
+        operand = Packed(packed, scales, spec)
+        run = lambda o=operand: attention(query, o, o, impl="triton")[0]  # noqa: E731
+        extra.append(peak_extra_bytes(run, CUDA))
+    assert extra[0] == extra[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q", [1, 640])
+def test_capture_without_synchronization(q: int) -> None:
+    """A captured call reads what its buffers hold when it is replayed."""
+    spec = QuantSpec(128, 4)
+    first = _stores(spec, spec, 1, 8, 1000, device=CUDA, statistic="per_head")
+    query = _query(1, 32, q, 128, device=CUDA, dtype=torch.bfloat16)
+    operands = [_packed(store) for store in first]
+    attention(query, *operands, impl="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attention(query, *operands, impl="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attention(query, *operands, impl="triton")
+    for operand in operands:
+        operand.packed.copy_(operand.packed.flip(2))
+        operand.scales.copy_(operand.scales.flip(2))
+    graph.replay()
+    expected = attention(query, *operands, impl="triton")
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q", [1, 640])
+def test_more_bytes_than_an_int32_counts(q: int) -> None:
+    """Codes of 2.3 GiB: the last rows, seen alone, are attended to as if they were alone."""
+    spec, n, last = QuantSpec(64, 4), (1 << 26) + (1 << 23), 500
+    packed = torch.randint(0, 256, (1, 1, n, 32), dtype=torch.uint8, device=CUDA)
+    scales = torch.ones(1, 1, n, 1, dtype=torch.float16, device=CUDA)
+    query = _query(1, 2, q, 64, device=CUDA, dtype=torch.float16)
+    mask = (torch.arange(n, device=CUDA) >= n - last).view(1, 1, 1, n)
+    whole = Packed(packed, scales, spec)
+    tail = Packed(packed[:, :, -last:], scales[:, :, -last:], spec)
+    got = attention(query, whole, whole, mask=mask, impl="triton")
+    expected = attention(query, tail, tail, impl="eager")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)

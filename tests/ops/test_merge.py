@@ -10,7 +10,7 @@ from quantforge.numerics import statistics
 from quantforge.ops import merge
 from quantforge.ops.attention.reference import attention as reference
 from quantforge.ops.measure import measure
-from tests.helpers import gaussian, to_float64
+from tests.helpers import assert_close, gaussian, misaligned, to_float64
 
 B, HQ, HKV, Q, N, D = 2, 4, 2, 3, 21, 16
 MASKS = {
@@ -46,6 +46,34 @@ def test_dense_attention(
     np.testing.assert_allclose(to_float64(lse), exact_lse, rtol=1e-5, atol=1e-5)
     seen = np.isfinite(exact_lse)
     np.testing.assert_allclose(to_float64(out)[seen], exact[seen], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("q", "n", "dim"), [(1, 1, 64), (1, 130, 128), (7, 65, 80), (130, 300, 96)]
+)
+@pytest.mark.parametrize("layout", ["plain", "slice", "odd"])
+def test_dense_attention_by_the_flash_kernel(
+    layout: str, q: int, n: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half operands of any layout, compared in their dtype; the unfused path is not taken."""
+    monkeypatch.delattr(merge, "_matmul_softmax")
+    arrays = [gaussian(B, h, rows, dim, seed=h + rows) for h, rows in ((6, q), (2, n), (2, n))]
+    tensors = [torch.from_numpy(a).to("cuda", dtype) for a in arrays]
+    if layout == "slice":  # a buffer longer than what is filled, heads behind rows
+        tensors = [
+            torch.cat([t, t], 2).transpose(1, 2).contiguous().transpose(1, 2)[:, :, : t.shape[2]]
+            for t in tensors
+        ]
+    elif layout == "odd":
+        tensors = [misaligned(t) for t in tensors]
+    out, lse = merge.dense_attention(*tensors, None, dim**-0.5)
+    exact, exact_lse = reference(*(to_float64(t) for t in tensors), None, False, dim**-0.5)
+    naive = torch.from_numpy(exact).float().cpu(), torch.from_numpy(exact_lse).float()
+    assert lse.dtype == torch.float32
+    assert_close(out, [naive[0]], exact)
+    assert_close(lse.to(dtype), [naive[1]], exact_lse)
 
 
 @pytest.mark.parametrize("name", MASKS)

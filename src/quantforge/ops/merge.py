@@ -12,6 +12,9 @@ import torch
 
 MAX_LOGITS = 1 << 24
 """Logits held at once by the unfused path: 64 MiB of float32."""
+MAX_FLASH_DIM = 256
+FLASH_ALIGNMENT = 8
+"""Half numbers in 16 bytes, which the flash kernel loads at once."""
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 """Output (B, Hq, q, dim) and natural log-sum-exp (B, Hq, q)."""
@@ -34,8 +37,12 @@ def dense_attention(
     grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])
     if mask is not None:
         mask = _grouped_mask(mask, batch, heads, kv_heads, length)
-    attend = _flash_cpu if query.device.type == "cpu" else _matmul_softmax
-    out, lse = attend(grouped, key, value, mask, scale)
+    if query.device.type == "cpu":
+        out, lse = _flash_cpu(grouped, key, value, mask, scale)
+    elif mask is None and fits_flash(grouped, key, value):
+        out, lse = _flash_cuda(grouped, key, value, scale)
+    else:
+        out, lse = _matmul_softmax(grouped, key, value, mask, scale)
     return out.reshape(batch, heads, length, -1), lse.reshape(batch, heads, length)
 
 
@@ -66,6 +73,39 @@ def _flash_cpu(
     if mask is not None:  # the kernel says 0 where every key is masked
         lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
     return out, lse
+
+
+def fits_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether the flash kernel for NVIDIA takes unmasked operands (B, H, n, dim)."""
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    dim = query.shape[-1]
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
+        and dim == value.shape[-1]
+        and dim % FLASH_ALIGNMENT == 0
+        and dim <= MAX_FLASH_DIM
+        and query.numel() > 0
+        and key.numel() > 0
+        and torch.cuda.get_device_properties(query.device).major >= 8
+    )
+
+
+def _flash_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> Partial:
+    op = torch.ops.aten._scaled_dot_product_flash_attention.default
+    result = op(_aligned(query), _aligned(key), _aligned(value), scale=scale)
+    return result[0], result[1]
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return x with rows that the flash kernel can load: adjacent, at multiples of 16 bytes."""
+    starts = (x.storage_offset(), *x.stride()[:-1])
+    if x.stride(-1) == 1 and not any(start % FLASH_ALIGNMENT for start in starts):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _matmul_softmax(

@@ -54,7 +54,7 @@ class Tuning:
 
 
 # untuned; compiled for sm_90: no spills. Instructions per code with 16 query rows, dim 128 and
-# 4 bits: 8, of which 3.3 look up, 1.5 gather registers for stores and products, 0.5 go through
+# 4 bits: 8, of which 3.3 look up, 1.5 gather registers for stores and products, 0.7 go through
 # shared memory, which turns tiles into operands
 HALF = (
     Tuning(rows=16, width=128, block_m=16, block_n=64, num_warps=4, stages=3, programs=4),
@@ -229,7 +229,7 @@ def _attend(
         lse if readable is None else readable,
         partial,
         partial_lse,
-        *(rows, length, n, per_split, kv_heads, rows // length, scale),
+        *(rows, length, n, per_split, kv_heads, rows // length, float(scale)),
         *key.strides,
         *value.strides,
         *mask_strides,
@@ -247,8 +247,7 @@ def _attend(
     if splits > 1:
         lines = heads * rows
         merge_splits[(lines,)](
-            *(partial, partial_lse, out, lse, lines),
-            SPLITS=splits,
+            *(partial, partial_lse, out, lse, lines, splits),
             SPLITS_PADDED=triton.next_power_of_2(splits),
             STEP=MERGE_STEP,
             WIDTH=value.codes.width,

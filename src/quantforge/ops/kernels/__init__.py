@@ -11,4 +11,8 @@ Codec (`quantize`, `dequantize`, `cache_append`)
     *_launch       their launchers, with axes, arguments and tuning
 Products (`scores`, `search`)
     decode, query, rows, products, score, select
+Attention
+    byte_lookup    centroids of a tile of bytes that may be transposed and converted afterwards
+    attend         query rows through a share of the tokens; the merge of shares
+    chunk          a chunk of the history for a dense kernel, and the merge of chunks
 """

@@ -61,7 +61,7 @@ def _biased(
     return tl.where(seen, logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def attend(
     query, k_packed, k_scales, k_table, v_packed, v_scales, v_table, mask, out, lse,
     rows, length, n, per_split, kv_heads, q_per_kv, scale,
@@ -185,24 +185,24 @@ def attend(
     tl.store(lse + line, total, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "lines"])
 def merge_splits(
-    partial, partial_lse, out, lse, lines,
-    SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
+    partial, partial_lse, out, lse, lines, splits,
+    SPLITS_PADDED: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one row: partial (SPLITS, lines, WIDTH), lse in units of log 2."""
+    """Merge the splits of one row: partial (splits, lines, WIDTH), lse in units of log 2."""
     line = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_PADDED).to(tl.int64)
-    parts = tl.load(partial_lse + split * lines + line, mask=split < SPLITS, other=float("-inf"))
+    parts = tl.load(partial_lse + split * lines + line, mask=split < splits, other=float("-inf"))
     peak = tl.max(parts, 0)
     reference = tl.where(peak == float("-inf"), 0.0, peak)
     mass = tl.sum(tl.exp2(parts - reference), 0)
     safe = tl.where(mass > 0, mass, 1.0)
     column = tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), tl.float32)
-    for first in tl.range(0, SPLITS, STEP):
+    for first in tl.range(0, splits, STEP):
         some = first + tl.arange(0, STEP).to(tl.int64)
-        live = some < SPLITS
+        live = some < splits
         part = tl.load(partial_lse + some * lines + line, mask=live, other=float("-inf"))
         weight = tl.exp2(part - reference)
         source = partial + (some * lines + line)[:, None] * WIDTH + column[None, :]

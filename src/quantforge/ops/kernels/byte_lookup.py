@@ -21,8 +21,8 @@ the high four another, then looks up the high and low bytes of fp16 centroids ap
     3 bits     as 2 bits, with bit 2 from the 1-bit plane: byte j holds channels j + P i, P half a
                stride, so the upper half of the columns takes odd fields
 
-Instructions per code on sm_90 (SASS, without loads and conversions of layout), by bits 4, 3, 2, 1:
-permute 3.3, 2.4, 2.0, 2.0; table 6-9, of which one is a gather.
+Instructions per code by bits 4, 3, 2, 1: permute 3.3, 2.3, 1.9, 1.9 (of the programs below, moves
+by nothing left out); table 6-9, of which one is a gather.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def _decode(
         tl.store(target + part * STRIDE, x.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "n"])
 def decode_chunk(
     k_packed, k_scales, k_table, k_out, v_packed, v_scales, v_table, v_out,
     first, n, capacity, kv_heads,
