@@ -8,6 +8,7 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.ops import combine, dequantize
+from quantforge.ops._library import Impl
 from quantforge.ops.combine import op
 from quantforge.ops.combine.reference import combine as reference
 from quantforge.spec import QuantSpec
@@ -29,10 +30,12 @@ from tests.helpers import (
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _check(weights: torch.Tensor, store: Store, **layout: torch.Tensor) -> None:
+def _check(
+    weights: torch.Tensor, store: Store, impl: Impl = "auto", **layout: torch.Tensor
+) -> None:
     packed = layout.get("packed", store.packed)
     scales = layout.get("scales", store.scales)
-    got = combine(weights, packed, scales, store.spec, **store.statistics)
+    got = combine(weights, packed, scales, store.spec, **store.statistics, impl=impl)
     assert got.dtype == weights.dtype
     exact = reference(
         to_float64(weights), store.encoded, store.spec, store.shift_array, store.equalizer_array
@@ -127,6 +130,35 @@ def test_memory_does_not_grow_with_the_history(device: torch.device) -> None:
             lambda w=weights, p=packed, s=scales: combine(w, p, s, spec), device
         )
         assert extra < 64 << 20, f"{extra / 2**20:.0f} MiB at {n} vectors"
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dim", [64, 80, 100, 128, 768])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.usefixtures("poison")
+def test_kernel_for_bits_and_dims(bits: int, dim: int, dtype: torch.dtype) -> None:
+    """One range of rows, and several whose sums are added."""
+    for q, n in ((1, 5000), (33, 300)):
+        store = make_store(spec_of(dim, bits), n, statistic="shared", device=CUDA)
+        _check(_weights(q, n, device=CUDA, dtype=dtype), store, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_bytes_than_32_bits_count() -> None:
+    spec, n = QuantSpec(768, 4), (1 << 31) // 384 + 4000
+    store = make_store(spec, 1000, device=CUDA)
+    packed = torch.zeros((n, 384), dtype=torch.uint8, device=CUDA)
+    scales = torch.zeros((n, 1), dtype=torch.float16, device=CUDA)
+    packed[-1000:], scales[-1000:] = store.packed, store.scales
+    weights = torch.ones(1, n, device=CUDA)
+    expected = combine(weights[:, -1000:], store.packed, store.scales, spec, impl="eager")
+    got = combine(weights, packed, scales, spec, impl="triton")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
 
 
 PACKED = torch.zeros(5, 32, dtype=torch.uint8)

@@ -8,9 +8,11 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.ops import scores
+from quantforge.ops._library import Impl
 from quantforge.ops.scores import op
 from quantforge.ops.scores.reference import scores as reference
 from quantforge.spec import QuantSpec
+from quantforge.tensor import QuantTensor
 from tests.helpers import (
     FORMS,
     LAYOUTS,
@@ -30,10 +32,12 @@ from tests.helpers import (
 HALF = (torch.float16, torch.bfloat16)
 
 
-def _check(query: torch.Tensor, store: Store, **layout: torch.Tensor) -> torch.Tensor:
+def _check(
+    query: torch.Tensor, store: Store, impl: Impl = "auto", **layout: torch.Tensor
+) -> torch.Tensor:
     packed = layout.get("packed", store.packed)
     scales = layout.get("scales", store.scales)
-    got = scores(query, packed, scales, store.spec, **store.statistics)
+    got = scores(query, packed, scales, store.spec, **store.statistics, impl=impl)
     assert got.dtype == query.dtype
     exact = reference(
         to_float64(query), store.encoded, store.spec, store.shift_array, store.equalizer_array
@@ -151,6 +155,101 @@ def test_the_memory_probe_sees_memory(device: torch.device) -> None:
         return torch.zeros(24 << 20, device=device).add_(1)[:1].clone()
 
     assert 96 << 20 <= peak_extra_bytes(dense, device) <= 97 << 20
+
+
+CUDA = torch.device("cuda")
+DTYPES = (torch.float32, *HALF)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 100, 768, 1536, 4096])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_kernels_for_bits_and_dims(bits: int, dim: int, dtype: torch.dtype) -> None:
+    store = make_store(spec_of(dim, bits), 70, statistic="shared", device=CUDA)
+    for q in (1, 33):
+        _check(_query(q, dim, device=CUDA, dtype=dtype), store, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 65, 129, 300])
+@pytest.mark.parametrize("bits", [3, 4, 5])
+@pytest.mark.usefixtures("poison")
+def test_kernels_for_numbers_of_queries(bits: int, q: int, dtype: torch.dtype) -> None:
+    """Whole rows per program, and rows cut into shares because there are few of them."""
+    for n in (300, 20000):
+        store = make_store(QuantSpec(256, bits), n, device=CUDA)
+        _check(_query(q, 256, device=CUDA, dtype=dtype), store, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [3, 4])
+def test_kernels_for_any_alignment(bits: int) -> None:
+    """Rows that begin on every multiple of 1, 2, 4, 8 bytes."""
+    store = make_store(QuantSpec(768, bits), 50, device=CUDA)
+    width = store.packed.shape[-1]
+    for gap in (1, 2, 4, 8):
+        buffer = torch.full((50, width + gap), 0xA5, dtype=torch.uint8, device=CUDA)
+        packed = buffer[:, gap:]
+        packed.copy_(store.packed)
+        for q in (2, 20):
+            query = _query(q, 768, device=CUDA, dtype=torch.float16)
+            _check(query, store, "triton", packed=packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_bytes_than_32_bits_count() -> None:
+    """Rows beyond 2^31 bytes of codes, and scores beyond 2^31 in all."""
+    spec, n = QuantSpec(256, 8), (1 << 31) // 256 + 4000
+    store = make_store(spec, 1000, device=CUDA)
+    packed = torch.zeros((n, 256), dtype=torch.uint8, device=CUDA)
+    scales = torch.zeros((n, 1), dtype=torch.float16, device=CUDA)
+    packed[-1000:], scales[-1000:] = store.packed, store.scales
+    query = _query(260, 256, device=CUDA, dtype=torch.float16)
+    expected = scores(query, store.packed, store.scales, spec, impl="triton")
+    got = scores(query, packed, scales, spec, impl="triton")
+    assert torch.equal(got[:, -1000:], expected)
+    assert not bool(got[-1, : n - 1000].any())
+    spec = QuantSpec(768, 4)
+    store = make_store(spec, 1000, device=CUDA)
+    n = (1 << 31) // 384 + 4000
+    packed = torch.zeros((n, 384), dtype=torch.uint8, device=CUDA)
+    scales = torch.zeros((n, 1), dtype=torch.float16, device=CUDA)
+    packed[-1000:], scales[-1000:] = store.packed, store.scales
+    query = _query(1, 768, device=CUDA)
+    expected = scores(query, store.packed, store.scales, spec, impl="eager")
+    got = scores(query, packed, scales, spec, impl="triton")[:, -1000:]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q", [1, 40])
+def test_graph_capture(q: int) -> None:
+    store = make_store(QuantSpec(128, 4), 5000, statistic="shared", device=CUDA)
+    query = _query(q, 128, device=CUDA)
+    arguments = (store.packed, store.scales, store.spec)
+    scores(query, *arguments, **store.statistics, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = scores(query, *arguments, **store.statistics, impl="triton")
+    query.copy_(query.flip(-1))
+    graph.replay()
+    assert torch.equal(got, scores(query, *arguments, **store.statistics, impl="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_linear_layer(batch: int) -> None:
+    """A linear layer of packed weights, one token for each of a batch of sequences."""
+    store = make_store(QuantSpec(1024, 4), 512, device=CUDA)
+    weight = QuantTensor(store.packed, store.scales, store.spec, dtype=torch.bfloat16)
+    x = _query(batch, 1, 1024, device=CUDA, dtype=torch.bfloat16)
+    got = torch.nn.functional.linear(x, weight)
+    assert got.shape == (batch, 1, 512)
+    exact = to_float64(x) @ store.exact.T
+    assert_close(got, [naive_scores(x, store, form) for form in FORMS], exact)
 
 
 PACKED = torch.zeros(5, 32, dtype=torch.uint8)

@@ -299,7 +299,7 @@ def test_bad_input(changes: dict, message: str) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ConfigError, match="impl must be one of.*got 'best'"):
+    with pytest.raises(ConfigError, match=r"impl must be one of.*got 'best'"):
         search(QUERY, PACKED, SCALES, QuantSpec(64), 3, impl="best")  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ Codec (`quantize`, `dequantize`, `cache_append`)
     placement      which rows a program works on
     *_rows         the kernels; `*_odd_rows` for dims of 12, 20 or 28 times a power of two
     *_launch       their launchers, with axes, arguments and tuning
-Products (`scores`, `search`)
+Products (`scores`, `search`, `combine`)
     decode, query, rows, products, score, select
 Attention
     byte_lookup    centroids of a tile of bytes that may be transposed and converted afterwards

@@ -2,7 +2,7 @@
 
 A matrix product adds up channels in any order, so rows are never unpacked into channel order.
 Codes stay where the lookup leaves them, and the *query* is stored in that order, once per call
-(`Layout.position`). A tile of BYTES bytes of a row becomes `parts` operands, one value per byte each:
+(`Layout.position`). A tile of bytes of a row becomes `parts` operands, one value per byte each:
 
     byte of the base plane   j = 4 g + b        a 32-bit word g holds 32 / width codes
     operand p, column j      p, j -> channel    `position[channel] = p * padded + j`
@@ -328,6 +328,6 @@ def half_program(bits: int) -> Program:
             lines.append(f"shr.u32 s, n{i}, {16 * half};")
             lines.append(f"prmt.b32 hi, {high[0]}, {high[1]}, s;")
             lines.append(f"prmt.b32 lo, {low[0]}, {low[1]}, s;")
-            out = 2 * (2 * i + half)
-            lines.append(f"prmt.b32 ${out}, lo, hi, 0x5140; prmt.b32 ${out + 1}, lo, hi, 0x7362;")
+            for pair, selector in enumerate(("0x5140", "0x7362")):
+                lines.append(f"prmt.b32 ${4 * i + 2 * half + pair}, lo, hi, {selector};")
     return _program(bits, lines, 2 * words, 2, 4)

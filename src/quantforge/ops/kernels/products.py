@@ -204,19 +204,16 @@ def gather(row, base, live, channel, table, part: tl.constexpr, PLANES: tl.const
             WIDTH: tl.constexpr):  # fmt: skip
     """Return the centroids of one code per byte of the base plane."""
     code = (base >> (WIDTH * part)) & ((1 << WIDTH) - 1)
-    for i in tl.static_range(1, len(PLANES)):
-        width: tl.constexpr = PLANES[i][0]
-        shift: tl.constexpr = PLANES[i][1]
-        offset: tl.constexpr = PLANES[i][2]
-        stride: tl.constexpr = PLANES[i][3]
-        byte = tl.load(row + offset + channel % stride, mask=live, other=0).to(tl.int32)
-        code |= ((byte >> (channel // stride * width)) & ((1 << width) - 1)) << shift
+    for i in tl.static_range(1, len(PLANES)):  # width, shift, offset, stride
+        byte = tl.load(row + PLANES[i][2] + channel % PLANES[i][3], mask=live, other=0)
+        field = byte.to(tl.int32) >> (channel // PLANES[i][3] * PLANES[i][0])
+        code |= (field & ((1 << PLANES[i][0]) - 1)) << PLANES[i][1]
     return tl.load(table + code)
 
 
 @triton.jit
 def _best_of_classes(scores, PERMUTE: tl.constexpr, WARPS: tl.constexpr):
-    """Return the maximum of rows equal modulo 8 * WARPS, NaN left out: (8 * WARPS, QUERIES)."""
+    """Return the maximum of the rows of each run, NaN left out: (8 * WARPS, QUERIES)."""
     ROWS: tl.constexpr = scores.shape[0]
     QUERIES: tl.constexpr = scores.shape[1]
     if INTERPRET:  # numpy's maximum keeps NaN, that of the hardware does not
@@ -242,9 +239,10 @@ def matrix_products(
 ):  # fmt: skip
     """Score QUERIES queries against `tiles` tiles of ROWS rows.
 
-    Writes as `integer_products`, but with SCAN one score per class of rows: the rows of a program
-    that are equal modulo 8 * WARPS. A lane finds their maximum among its own accumulators; the
-    maximum of neighbouring rows would take 200 shuffles per tile and thread, a quarter of the time.
+    Writes as `integer_products`, but with SCAN one score per class: the rows of a program are
+    `8 * WARPS` runs, and a tile takes the next few rows of every run, such that those of one run
+    fall to the same lanes. A lane finds their maximum among its own accumulators; that of a tile of
+    neighbouring rows would take 200 shuffles per tile and thread, a quarter of the time.
     """
     query_tiles = tl.cdiv(q, QUERIES)
     group = (tl.program_id(0) // query_tiles).to(tl.int64)
@@ -257,16 +255,21 @@ def matrix_products(
     line = head * q + query
     ask = queries + line[None, :] * (PARTS * PADDED) + tl.arange(0, TILE)[:, None]
     asked = (query < q)[None, :]
-    weight = tl.load(weights + line, mask=query < q, other=0.0)
-    place = tl.arange(0, ROWS)
+    weight = tl.load(weights + line, mask=query < q, other=1.0)
+    CLASSES: tl.constexpr = 8 * WARPS
+    PER_CLASS: tl.constexpr = ROWS // CLASSES
+    loaded = tl.arange(0, ROWS)
+    place = loaded
     if PERMUTE:
         place = _physical(place, WARPS)
         registers = _load_table(table, 4)
-    CLASSES: tl.constexpr = 8 * WARPS
+    size = PER_CLASS * tiles
+    start_row = group * CLASSES * size
+    loaded = start_row + loaded % CLASSES * size + loaded // CLASSES
+    place = start_row + place % CLASSES * size + place // CLASSES
     best = tl.full((CLASSES, QUERIES), float("-inf"), tl.float32)
     for tile in tl.range(0, tiles, num_stages=1):
-        start_row = (group * tiles + tile) * ROWS
-        rows = start_row + tl.arange(0, ROWS)
+        rows = loaded + tile * PER_CLASS
         live = (rows < n)[:, None]
         row = packed + rows[:, None] * stride_p * ALIGNMENT
         total = tl.zeros((ROWS, QUERIES), tl.float32)
@@ -291,7 +294,7 @@ def matrix_products(
                     )  # fmt: skip
                     value = value.to(operand.dtype)
                 total = tl.dot(value, operand, total, input_precision=PRECISION)
-        rows = start_row + place
+        rows = place + tile * PER_CLASS
         scale = tl.load(scales + rows * stride_s, mask=rows < n, other=0.0).to(tl.float32)
         if SCAN:
             scale = tl.where(allowed_rows(bitmap, rows, n, BITMAP), scale, float("nan"))

@@ -12,6 +12,9 @@ from quantforge.ops.kernels.query import MAX_FACTORED_DIM
 from quantforge.ops.launch import INTERPRET, cannot_run_on
 from quantforge.spec import QuantSpec
 
+MAX_HEADS = (1 << 16) - 1
+"""Programs on the second and third axis of a launch."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -50,6 +53,8 @@ def reason_against(
         return "the bytes of a row are not adjacent"
     if prod(packed.shape[:-2]) != 1:
         lead = torch.broadcast_shapes(dense.shape[:-2], packed.shape[:-2])
+        if prod(lead) > MAX_HEADS:
+            return f"{prod(lead)} stacked matrices are more than {MAX_HEADS}"
         if rows_of(packed, scales, lead, spec) is None:
             return "more than two leading axes that do not merge into one"
     return None
@@ -83,7 +88,7 @@ class Product:
     """Queries and rows of one call, with axes merged.
 
     Attributes:
-        query: (heads, q, dim) contiguous.
+        query: (heads, q, dim) contiguous; weights (heads, q, n) in its place for sums of rows.
         rows: the rows.
         shift: (dim,) or (heads, dim), or None.
         equalizer: likewise.
@@ -111,15 +116,15 @@ def product_of(
     spec: QuantSpec,
 ) -> Product:
     """Merge the axes of a call: queries of all heads are queries of one where rows are shared."""
-    dim = spec.dim
+    dim, width = spec.dim, query.shape[-1]
     if prod(packed.shape[:-2]) == 1:
         lead = torch.Size()
         packed, scales = (t.reshape(t.shape[-2:]) for t in (packed, scales))
-        heads, query = 1, query.reshape(1, -1, dim)
+        heads, query = 1, query.reshape(1, -1, width)
     else:
         lead = torch.broadcast_shapes(query.shape[:-2], packed.shape[:-2])
         heads = prod(lead)
-        query = query.expand(*lead, *query.shape[-2:]).reshape(heads, -1, dim)
+        query = query.expand(*lead, *query.shape[-2:]).reshape(heads, -1, width)
     statistics = []
     for t in (shift, equalizer):
         if t is not None and t.numel() != dim:

@@ -25,6 +25,8 @@ from quantforge.ops.launch import INTERPRET, multiprocessors
 from quantforge.spec import QuantSpec
 
 MAX_INTEGER_QUERIES = 8
+GROUP = 32 if INTERPRET else 256
+"""Most rows in a group of `scan`."""
 MIN_PERMUTE_ALIGNMENT = 4
 
 
@@ -35,7 +37,6 @@ class IntegerTuning:
     rows: int
     stages: int
     unroll: int
-    group: int
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,34 @@ class MatrixTuning:
     rows: int
     warps: int
     stages: int
-    group: int
 
 
 # untuned (compiled for sm_90: no spills, 102-116 registers, 16 warps of 32 rows per SM)
-INTEGER = IntegerTuning(rows=32, stages=3, unroll=1, group=256)
-# untuned (compiled for sm_90: no spills; 128 x 128 leaves room for two programs per SM, of which
-# one decodes while the other multiplies)
-MATRIX = (
-    MatrixTuning(queries=16, rows=64, warps=4, stages=3, group=256),
-    MatrixTuning(queries=32, rows=64, warps=4, stages=3, group=256),
-    MatrixTuning(queries=64, rows=64, warps=4, stages=3, group=256),
-    MatrixTuning(queries=128, rows=128, warps=4, stages=3, group=256),
+INTEGER = IntegerTuning(rows=32, stages=3, unroll=1)
+# untuned; compiled for sm_90: no spills, except 14 registers outside of the inner loop at
+# 128 x 128; that leaves room for two programs per SM: one decodes while the other multiplies
+MATRIX_PERMUTED_4_BITS = (
+    MatrixTuning(queries=16, rows=64, warps=4, stages=3),
+    MatrixTuning(queries=32, rows=64, warps=4, stages=3),
+    MatrixTuning(queries=64, rows=64, warps=4, stages=3),
+    MatrixTuning(queries=128, rows=128, warps=4, stages=3),
 )
-# float32 operands are twice as wide and three products each
+# untuned; codes of 1-3 bits become four or eight operands at once, which take the registers
+MATRIX_PERMUTED = (
+    MatrixTuning(queries=16, rows=64, warps=4, stages=2),
+    MatrixTuning(queries=32, rows=64, warps=4, stages=2),
+    MatrixTuning(queries=64, rows=64, warps=4, stages=2),
+    MatrixTuning(queries=128, rows=64, warps=4, stages=2),
+)
+# untuned
+MATRIX_TABLE = (
+    MatrixTuning(queries=16, rows=64, warps=4, stages=2),
+    MatrixTuning(queries=64, rows=64, warps=8, stages=2),
+)
+# untuned; float32 operands are twice as wide and three products each
 MATRIX_FLOAT32 = (
-    MatrixTuning(queries=16, rows=64, warps=4, stages=1, group=256),
-    MatrixTuning(queries=64, rows=64, warps=4, stages=1, group=256),
+    MatrixTuning(queries=16, rows=64, warps=4, stages=1),
+    MatrixTuning(queries=32, rows=64, warps=8, stages=1),
 )
 
 
@@ -71,22 +83,6 @@ def permutes_on(rows: Rows, spec: QuantSpec) -> bool:
     if rows.packed.device.type == "cuda" and torch.version.hip:
         return False
     return decode.permutes(spec) is None and rows.alignment % MIN_PERMUTE_ALIGNMENT == 0
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Groups of rows whose best scores were found: group g of `classes` per range of rows.
-
-    Its rows are `g // classes * span + g % classes + classes * i`, for i below `size`.
-    """
-
-    classes: int
-    span: int
-
-    @property
-    def size(self) -> int:
-        """Rows in a group."""
-        return self.span // self.classes
 
 
 def score(p: Product, dtype: torch.dtype) -> torch.Tensor:
@@ -100,30 +96,29 @@ def score(p: Product, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def scan(p: Product, bitmap: torch.Tensor | None) -> tuple[torch.Tensor, Groups]:
-    """Return the best score of each group of rows, (q, groups) float32 without offsets.
+def scan(p: Product, bitmap: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """Return the best score of each group of rows, (q, groups) float32, and the size of a group.
 
-    Queries of any dtype are taken at the accuracy of float16. Groups without an allowed row
-    have -inf.
+    Groups are runs of rows; scores are without offsets. Queries of any dtype are taken at
+    the accuracy of float16. Groups without an allowed row have -inf.
     """
     q = p.query.shape[1]
     if q <= MAX_INTEGER_QUERIES and permutes_on(p.rows, p.spec):
-        tiles = INTEGER.group // INTEGER.rows
-        groups = Groups(1, INTEGER.rows * tiles)
-        out = p.query.new_empty((q, -(-p.n // groups.span)), dtype=torch.float32)
+        tiles = GROUP // INTEGER.rows
+        size = INTEGER.rows * tiles
+        out = p.query.new_empty((q, -(-p.n // size)), dtype=torch.float32)
         _launch_integer(p, False, out, bitmap, tiles, 1)
-        return out, groups
-    tuning = _matrix_tuning(q, False)
-    wanted = tuning.group * 8 * tuning.warps // tuning.rows
+        return out, size
+    tuning = _matrix_tuning(p, False)
+    wanted = GROUP * 8 * tuning.warps // tuning.rows
     programs = -(-p.n // tuning.rows) * -(-q // tuning.queries)
     tiles = 1
     while tiles < wanted and programs >= 8 * tiles * multiprocessors(p.query.device):
         tiles *= 2
-    groups = Groups(8 * tuning.warps, tuning.rows * tiles)
-    spans = -(-p.n // groups.span)
-    out = p.query.new_empty((q, spans * groups.classes), dtype=torch.float32)
+    programs, classes = -(-p.n // (tuning.rows * tiles)), 8 * tuning.warps
+    out = p.query.new_empty((q, programs * classes), dtype=torch.float32)
     _matrix(p, False, out, bitmap, tiles)
-    return out, groups
+    return out, tuning.rows * tiles // classes
 
 
 def _splits(p: Product, programs: int, layout: Layout) -> int:
@@ -219,9 +214,19 @@ def _launch_integer(
     return queries.offsets
 
 
-def _matrix_tuning(q: int, exact: bool) -> MatrixTuning:
-    table = MATRIX_FLOAT32 if exact else MATRIX
-    return next((row for row in table if q <= row.queries), table[-1])
+def _permuted(p: Product, exact: bool) -> bool:
+    """Return whether `matrix_products` decodes by permutes, to fp16."""
+    return not exact and not INTERPRET and permutes_on(p.rows, p.spec)
+
+
+def _matrix_tuning(p: Product, exact: bool) -> MatrixTuning:
+    if exact:
+        table = MATRIX_FLOAT32
+    elif not _permuted(p, exact):
+        table = MATRIX_TABLE
+    else:
+        table = MATRIX_PERMUTED_4_BITS if p.spec.code_bits == 4 else MATRIX_PERMUTED
+    return next((row for row in table if p.query.shape[1] <= row.queries), table[-1])
 
 
 def _matrix(
@@ -229,8 +234,8 @@ def _matrix(
 ) -> None:
     """Run `matrix_products`."""
     heads, q = p.query.shape[:2]
-    spec, tuning = p.spec, _matrix_tuning(q, exact)
-    permute = not exact and not INTERPRET and permutes_on(p.rows, spec)
+    spec, tuning = p.spec, _matrix_tuning(p, exact)
+    permute = _permuted(p, exact)
     form: Form = "fp16" if permute else "table"
     layout = decode.layout_of(spec, form)
     query_tiles = -(-q // tuning.queries)

@@ -15,7 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-SPAN = 1024
+from quantforge.ops.launch import INTERPRET
+
+MIN_SPAN = 1 if INTERPRET else 1024
+"""Keys of a program; the interpreter takes two milliseconds for each."""
 
 
 @triton.jit
@@ -71,13 +74,18 @@ def _best(
         tl.store(keys + kept + i, best)
 
 
+def _span(keep: int) -> int:
+    """Return the keys that a program reads: a launch must shrink them."""
+    return max(MIN_SPAN, 4 * keep)
+
+
 def _reduce(source: torch.Tensor, keep: int, numbered: bool) -> torch.Tensor:
-    """Run one launch that keeps `keep` keys of every SPAN."""
+    """Run one launch that keeps `keep` keys of every span."""
     q, length = source.shape
-    programs = -(-length // SPAN)
+    programs = -(-length // _span(keep))
     keys = torch.empty((q, programs * keep), dtype=torch.int64, device=source.device)
     _best[(programs, q)](
-        source, keys, keys, keys, keys, length, keep, KEEP=keep, SPAN=SPAN,
+        source, keys, keys, keys, keys, length, keep, KEEP=keep, SPAN=_span(keep),
         NUMBERED=numbered, LAST=False, OFFSETS=False, num_warps=4,
     )  # fmt: skip
     return keys
@@ -96,14 +104,14 @@ def best_of_keys(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the best k of keys (q, n): scores plus offsets (q,), and rows, each (q, k)."""
     keep = max(16, triton.next_power_of_2(k))
-    while keys.shape[1] > SPAN:
+    while keys.shape[1] > _span(keep):
         keys = _reduce(keys, keep, False)
     q, length = keys.shape
     scores = torch.empty((q, k), dtype=torch.float32, device=keys.device)
     rows = torch.empty((q, k), dtype=torch.int64, device=keys.device)
     _best[(1, q)](
         keys, keys, scores, rows, scores if offsets is None else offsets, length, k,
-        KEEP=keep, SPAN=SPAN, NUMBERED=False, LAST=True, OFFSETS=offsets is not None,
+        KEEP=keep, SPAN=_span(keep), NUMBERED=False, LAST=True, OFFSETS=offsets is not None,
         num_warps=4,
     )  # fmt: skip
     return scores, rows

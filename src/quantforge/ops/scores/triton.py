@@ -40,6 +40,6 @@ def scores(
     shape = (*lead, query.shape[-2], packed.shape[-2])
     if 0 in shape:
         return query.new_empty(shape)
-    product = product_of(query, packed, scales, shift, equalizer, spec)
-    out = score(product, query.dtype)
-    return out.view(shape)
+    with torch.cuda.device_of(packed):  # models may be spread over several GPUs
+        product = product_of(query, packed, scales, shift, equalizer, spec)
+        return score(product, query.dtype).view(shape)

@@ -7,8 +7,9 @@
     select    the k best rows
 
 The k best rows lie in the k groups with the best scores: a row outside of them has k rows before
-it. So no threshold has to be guessed and nothing can overflow. Scores of the scan have the
-accuracy of float16; the margin of groups makes up for that unless scores nearly tie.
+it, also among equals, because groups are runs of rows. So no threshold has to be guessed and
+nothing can overflow. Scores of the scan have the accuracy of float16; the margin of groups makes up
+for that unless scores nearly tie.
 
 Every launch has a fixed shape: the search can be captured in a CUDA graph.
 """
@@ -23,24 +24,23 @@ from quantforge.ops.kernels import decode
 from quantforge.ops.kernels.products import allowed_rows, gather
 from quantforge.ops.kernels.query import Queries, project
 from quantforge.ops.kernels.rows import Product, product_of, reason_against
-from quantforge.ops.kernels.score import Groups, scan
+from quantforge.ops.kernels.score import GROUP, scan
 from quantforge.ops.kernels.select import (
-    SPAN,
     best_of_keys,
     best_of_scores,
     key_of,
     row_of,
     score_of,
 )
+from quantforge.ops.launch import INTERPRET
 from quantforge.spec import QuantSpec
 
 MAX_K = 200
-"""With its margin this makes 256, the most that the selection keeps of 1024."""
+"""With its margin this makes 256, which a program still sorts in registers."""
 MAX_GROUP_SCORES = 1 << 26
 MAX_KEYS = 1 << 25
 """Group scores and keys held at once, 256 MiB each: more queries are searched in parts."""
-GROUP_ROWS = 256
-RESCORE_ROWS = 16
+RESCORE_ROWS = 64 if INTERPRET else 16
 
 
 def supports(
@@ -76,13 +76,14 @@ def search(
         shape = (query.shape[0], k)
         absent = torch.full(shape, -torch.inf, device=query.device)
         return absent, torch.full(shape, -1, dtype=torch.int64, device=query.device)
-    step = min(MAX_GROUP_SCORES * GROUP_ROWS // n, MAX_KEYS // (keep * GROUP_ROWS))
+    step = min(MAX_GROUP_SCORES * GROUP // n, MAX_KEYS // (keep * GROUP))
     step = max(1, step // 128 * 128 or step)
     parts = []
     for start in range(0, query.shape[0], step):
         part = query[start : start + step]
-        product = product_of(part, packed, scales, shift, equalizer, spec)
-        parts.append(_search(product, filter_bitmap, k, keep))
+        with torch.cuda.device_of(packed):
+            product = product_of(part, packed, scales, shift, equalizer, spec)
+            parts.append(_search(product, filter_bitmap, k, keep))
     if len(parts) == 1:
         return parts[0]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -97,9 +98,9 @@ def _kept_groups(k: int) -> int:
 def _search(
     p: Product, bitmap: torch.Tensor | None, k: int, keep: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    best, groups = scan(p, bitmap)
+    best, size = scan(p, bitmap)
     selected = best_of_scores(best, keep)
-    queries, keys = _rescore(p, selected, groups, bitmap)
+    queries, keys = _rescore(p, selected, size, bitmap)
     offsets = None if queries.offsets is None else queries.offsets.view(-1)
     return best_of_keys(keys, k, offsets)
 
@@ -110,16 +111,14 @@ def _rescore_rows(
     n, stride_p, stride_s,
     DIM: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
     TILE: tl.constexpr, PLANES: tl.constexpr, ALIGNMENT: tl.constexpr,
-    CLASSES: tl.constexpr, RANGE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
     BITMAP: tl.constexpr,
 ):  # fmt: skip
     """Score ROWS rows of one selected group of one query; writes keys (q, KEEP * group)."""
-    SIZE: tl.constexpr = RANGE // CLASSES
     query = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of KEEP * SIZE
     key = tl.load(selected + query * KEEP + place // SIZE)  # the same for all
-    group = row_of(key)
-    rows = group // CLASSES * RANGE + group % CLASSES + place % SIZE * CLASSES
+    rows = row_of(key) * SIZE + place % SIZE
     found = (score_of(key) > float("-inf")) & allowed_rows(bitmap, rows, n, BITMAP)
     row = tl.multiple_of(packed, ALIGNMENT) + rows[:, None] * stride_p * ALIGNMENT
     columns = tl.arange(0, TILE)[None, :]
@@ -142,16 +141,16 @@ def _rescore_rows(
 
 
 def _rescore(
-    p: Product, selected: torch.Tensor, groups: Groups, bitmap: torch.Tensor | None
+    p: Product, selected: torch.Tensor, size: int, bitmap: torch.Tensor | None
 ) -> tuple[Queries, torch.Tensor]:
     """Return float32 queries with their offsets, and the keys of all rows of selected groups."""
     spec, (q, keep) = p.spec, selected.shape
     layout = decode.layout_of(spec, "table")
     queries = project(p.query, p.shift, p.equalizer, spec, layout, dtype=torch.float32)
-    keys = torch.empty((q, keep * groups.size), dtype=torch.int64, device=selected.device)
-    rows = min(RESCORE_ROWS, groups.size)
+    keys = torch.empty((q, keep * size), dtype=torch.int64, device=selected.device)
+    rows = min(RESCORE_ROWS, size)
     alignment = p.rows.alignment
-    _rescore_rows[(keep * groups.size // rows, q)](
+    _rescore_rows[(keep * size // rows, q)](
         p.rows.packed,
         p.rows.scales,
         decode.tables(spec, "table", 0, selected.device),
@@ -170,14 +169,10 @@ def _rescore(
         TILE=layout.tile,
         PLANES=decode.plane_fields(spec),
         ALIGNMENT=alignment,
-        CLASSES=groups.classes,
-        RANGE=groups.span,
+        SIZE=size,
         KEEP=keep,
         ROWS=rows,
         BITMAP=bitmap is not None,
         num_warps=4,
     )
     return queries, keys
-
-
-assert 4 * _kept_groups(MAX_K) <= SPAN, "a launch of the selection must shrink what it reads"
