@@ -43,10 +43,11 @@ SETTINGS: dict[str, Any] = {"sinks": 4, "window": 16, "page_size": 8}
 """Small pages and window, so that short texts fill several pages."""
 
 
-def random_model(family: str, attention: str = "sdpa") -> Any:
+def random_model(family: str, attention: str = "sdpa", **changes: Any) -> Any:
     """Return a model of a family with random float32 weights, the same on every call."""
     torch.manual_seed(0)
-    settings = {k: v for k, v in (SIZES | FAMILIES[family]).items() if (k, v) != ("head_dim", None)}
+    sizes = SIZES | FAMILIES[family] | changes
+    settings = {k: v for k, v in sizes.items() if (k, v) != ("head_dim", None)}
     config = AutoConfig.for_model(family, **settings)
     config._attn_implementation = attention
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()

@@ -53,6 +53,8 @@ class Case:
     softcap: float = 0.0
     window: int = 0
     magnitude: float = 1.0
+    is_causal: bool = True
+    masked: bool = False
 
 
 class Built:
@@ -119,6 +121,10 @@ class Built:
             n_dense = 0 if case.lengths is not None else case.dense
             self.dense = Dense(k, v, n_dense, case.sinks, lengths(case.lengths))
         self.starts = lengths(case.starts)
+        self.mask = None
+        if case.masked:
+            shape = (case.batch, 1, case.q_len, capacity + case.dense + 3)
+            self.mask = torch.from_numpy(rng.rand(*shape) < 0.7).to(device)
 
     @staticmethod
     def _scattered(pages: torch.Tensor, order: np.ndarray) -> torch.Tensor:
@@ -129,7 +135,8 @@ class Built:
     def run(self, impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
         case = self.case
         return decode_attention(
-            self.query, self.pages, self.dense, starts=self.starts,
+            self.query, self.pages, self.dense, starts=self.starts, mask=self.mask,
+            is_causal=case.is_causal,
             softcap=case.softcap, window=case.window, impl=impl,
         )  # fmt: skip
 
@@ -152,6 +159,7 @@ class Built:
             to_float64(self.query), rows["key"], rows["value"], case.sinks if case.dense else 0,
             packed, dense, np.array(case.starts or [0] * case.batch), case.k.dim**-0.5,
             case.softcap, case.window,
+            None if self.mask is None else self.mask.cpu().numpy(), case.is_causal,
         )  # fmt: skip
 
 
@@ -224,6 +232,9 @@ FEATURES: dict[str, dict[str, Any]] = {
         "softcap": 20.0, "window": 120, "starts": (60, 0), "seqlens": (256, 190), "paged": True,
         "lengths": (21, 20), "statistic": "per_head", "q_len": 5, "heads": 6,
     },
+    "a mask": {"masked": True, "q_len": 3, "is_causal": False, "heads": 6},
+    "a mask and lengths": {"masked": True, "seqlens": (256, 70), "lengths": (21, 9)},
+    "not causal": {"q_len": 4, "is_causal": False},
     "large numbers": {"magnitude": 300.0},
     "small numbers": {"magnitude": 1e-3},
 }  # fmt: skip
@@ -317,7 +328,8 @@ def test_opcheck(statistic: Statistic) -> None:
     pages, dense = built.pages, built.dense
     args = (
         built.query, pages.keys, pages.values, None, pages.seqlens, 0, None, dense.keys,
-        dense.values, None, dense.n_dense, dense.n_sinks, pages.key_shift, pages.key_equalizer,
+        dense.values, None, dense.n_dense, dense.n_sinks, None, True,
+        pages.key_shift, pages.key_equalizer,
         pages.value_shift, pages.value_equalizer, 0.1, 0.0, 0, pages.key_spec.key,
         pages.value_spec.key,
     )  # fmt: skip

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from quantforge.errors import InputError
+from quantforge.errors import ConfigError, InputError
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.paged import PageFormat
 from quantforge.llm.segments import SegmentedTensor
 from quantforge.llm.store import Store
+from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
+from quantforge.ops.decode_attention.api import why_not_fused
+from quantforge.spec import QuantSpec
 
 
 class QuantForgeLayer(CacheLayerMixin):
@@ -35,9 +39,29 @@ class QuantForgeLayer(CacheLayerMixin):
         """Choose the codes for the head dims at hand."""
         options = self.options
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._keys = Store(options, options.key_spec(key_states.shape[-1]))
-        self._values = Store(options, options.value_spec(value_states.shape[-1]))
+        key, value = (
+            options.key_spec(key_states.shape[-1]),
+            options.value_spec(value_states.shape[-1]),
+        )
+        layout = self._page_layout(key, value)
+        key_pages = value_pages = None
+        if layout is not None:
+            key_pages = PageFormat(layout, key, holds_keys=True)
+            value_pages = PageFormat(layout, value, holds_keys=False)
+        self._keys = Store(options, key, key_pages)
+        self._values = Store(options, value, value_pages)
         self.is_initialized = True
+
+    def _page_layout(self, key: QuantSpec, value: QuantSpec) -> PageLayout | None:
+        """Return the layout of pages, or None to keep rows."""
+        if self.options.layout == "rows":
+            return None
+        if self.options.layout == "pages":
+            if (reason := why_no_pages(key, value)) is not None:
+                raise ConfigError(f'layout="pages": {reason}; use layout="auto"')
+            return page_layout(key, value)
+        fused = why_not_fused(key, value, self.device, self.dtype) is None
+        return page_layout(key, value) if fused else None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from quantforge.config import QuantForgeConfig
 from quantforge.errors import ConfigError
-from quantforge.spec import CodebookName, QuantSpec, ScaleRule, check_int
+from quantforge.spec import CodebookName, QuantSpec, ScaleRule, check_choice, check_int
+
+Layout = Literal["auto", "pages", "rows"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class CacheConfig:
         value_scale_rule: what the scale of a value preserves.
         codebook: see `QuantSpec`.
         seed: seed of the rotation.
+        layout: "pages" of tokens, which fused decode attention reads, or "rows"; "auto" takes pages
+            where the GPU, the dtype and the codes have that kernel.
 
     Raises:
         ConfigError: for a value out of range.
@@ -42,11 +47,13 @@ class CacheConfig:
     value_scale_rule: ScaleRule = "unbiased"
     codebook: CodebookName = "lloyd_max"
     seed: int = 0
+    layout: Layout = "auto"
 
     def __post_init__(self) -> None:
         check_int("sinks", self.sinks, 0, 1 << 20)
         check_int("window", self.window, 0, 1 << 20)
         check_int("page_size", self.page_size, 1, 1 << 16)
+        check_choice("layout", self.layout, get_args(Layout))
         if not isinstance(self.bits, int) and len(self.bits) != 2:
             raise ConfigError(f"bits must be a number or a pair (keys, values); got {self.bits!r}")
         self.key_spec(64), self.value_spec(64)  # check the rest; dim 64 has every rotation

@@ -1,10 +1,11 @@
 """`SegmentedTensor`: the keys or values of a cache layer, part packed and part dense.
 
     logical rows    [ sinks ][ packed history ............... ][ recent window ]
-    held as         dense[:n_sinks]   packed (a QuantTensor)     dense[n_sinks:]
+    held as         dense[:n_sinks]   rows or pages of codes     dense[n_sinks:]
 
-Attention runs over the packed rows by the operator that reads codes, over the dense rows by a
-flash kernel, and the two are merged by their log-sum-exp. Like `QuantTensor` it refuses what it
+A few queries over pages run in one fused operator. Otherwise attention runs over the packed rows by
+the operator that reads codes, over the dense rows by a flash kernel, and the two are merged by
+their log-sum-exp. Like `QuantTensor` it refuses what it
 cannot do on codes.
 """
 
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 
 from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import UnsupportedError
+from quantforge.llm.paged import PagedRows
 from quantforge.ops.attention import op as attention_op
+from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.merge import dense_attention, merge_partials
 from quantforge.tensor import QuantTensor
 
@@ -41,7 +44,7 @@ class SegmentedTensor(torch.Tensor):
 
     Args:
         dense: (B, Hkv, m, dim), sinks first, recent rows behind them.
-        packed: (B, Hkv, p, dim); n = m + p.
+        source: the packed (B, Hkv, p, dim), as rows or in pages; n = m + p.
         n_sinks: rows of `dense` that come before the packed ones.
         n_rep: query heads that share a head, once `repeat_kv` has asked for it.
         transposed: whether the last two axes are swapped.
@@ -49,7 +52,8 @@ class SegmentedTensor(torch.Tensor):
     """
 
     dense: torch.Tensor
-    packed: QuantTensor
+    source: QuantTensor | PagedRows
+    n_packed: int
     n_sinks: int
     _n_rep: int
     _transposed: bool
@@ -58,14 +62,15 @@ class SegmentedTensor(torch.Tensor):
     def __new__(  # noqa: D102 - arguments are in the class docstring
         cls,
         dense: torch.Tensor,
-        packed: QuantTensor,
+        source: QuantTensor | PagedRows,
         n_sinks: int,
         n_rep: int = 1,
         transposed: bool = False,
         staged: bool = False,
     ) -> SegmentedTensor:
         batch, heads, m, dim = dense.shape
-        shape = [batch, heads * n_rep, m + packed._packed.shape[-2], dim]
+        n_packed = source.n if isinstance(source, PagedRows) else source._packed.shape[-2]
+        shape = [batch, heads * n_rep, m + n_packed, dim]
         if staged:
             shape[1:2] = [heads, n_rep]
         if transposed:
@@ -73,7 +78,7 @@ class SegmentedTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dense.dtype, device=dense.device
         )
-        self.dense, self.packed, self.n_sinks = dense, packed, n_sinks
+        self.dense, self.source, self.n_packed, self.n_sinks = dense, source, n_packed, n_sinks
         self._n_rep, self._transposed, self._staged = n_rep, transposed, staged
         return self
 
@@ -83,12 +88,17 @@ class SegmentedTensor(torch.Tensor):
             "transposed": self._transposed,
             "staged": self._staged,
         }
-        return SegmentedTensor(self.dense, self.packed, self.n_sinks, **(state | changes))
+        return SegmentedTensor(self.dense, self.source, self.n_sinks, **(state | changes))
+
+    @property
+    def packed(self) -> QuantTensor:
+        """The packed rows; pages are laid out as rows for it."""
+        return self.source.rows if isinstance(self.source, PagedRows) else self.source
 
     @property
     def nbytes_packed(self) -> int:
         """Bytes of the rows held, packed and dense."""
-        return self.packed.nbytes_packed + self.dense.numel() * self.dense.element_size()
+        return self.source.nbytes_packed + self.dense.numel() * self.dense.element_size()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode into one dense tensor of the same shape."""
@@ -104,12 +114,12 @@ class SegmentedTensor(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return (
             f"SegmentedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
-            f"dense={self.dense.shape[-2]}, packed={self.packed.shape[-2]})"
+            f"dense={self.dense.shape[-2]}, packed={self.n_packed})"
         )
 
     def split_rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split the last axis (logical rows) of x into what meets the dense and packed rows."""
-        start, stop = self.n_sinks, self.n_sinks + self.packed._packed.shape[-2]
+        start, stop = self.n_sinks, self.n_sinks + self.n_packed
         outer = (x[..., :start], x[..., stop:])
         return (torch.cat(outer, -1) if start else outer[1]), x[..., start:stop]
 
@@ -208,9 +218,10 @@ def _attention(
     if dropout_p:
         raise UnsupportedError("dropout belongs to training, which packed codes do not support")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    masks = (None, None) if attn_mask is None else key.split_rows(attn_mask)
-
     query = autocast(query)
+    if _is_fused(query, key, value, attn_mask):
+        return forward_only(lambda q: _fused(q, key, value, attn_mask, scale), query)
+    masks = (None, None) if attn_mask is None else key.split_rows(attn_mask)
 
     def run(q: torch.Tensor) -> torch.Tensor:
         dense = (key.dense.to(q.dtype), value.dense.to(q.dtype))
@@ -221,6 +232,51 @@ def _attention(
         return merge_partials([recent, history]).to(q.dtype)
 
     return forward_only(run, query)
+
+
+FUSED_ROWS = 64
+"""Query rows of a key head up to which decode attention, which reads codes again for every 16 of
+them, is chosen over tiles of decoded history."""
+
+
+def _is_fused(
+    query: torch.Tensor, key: SegmentedTensor, value: SegmentedTensor, mask: torch.Tensor | None
+) -> bool:
+    """Return whether decode attention over pages can do this."""
+    if not (isinstance(key.source, PagedRows) and isinstance(value.source, PagedRows)):
+        return False
+    rows = query.shape[1] // key.dense.shape[1] * query.shape[2]
+    plain = mask is None or (
+        mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[-1] == key.shape[-2]
+    )
+    return rows <= FUSED_ROWS and query.dtype == key.dense.dtype and plain
+
+
+def _fused(
+    query: torch.Tensor,
+    key: SegmentedTensor,
+    value: SegmentedTensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    k, v = key.source, value.source
+    assert isinstance(k, PagedRows), "checked by _is_fused"
+    assert isinstance(v, PagedRows), "checked by _is_fused"
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    return decode_op.decode_attention(
+        query,
+        k.pages.flatten(0, 1),
+        v.pages.flatten(0, 1),
+        *(None, None, k.n, None),
+        *(key.dense, value.dense, None, key.dense.shape[2], key.n_sinks),
+        *(mask, False),
+        *(k.shift, k.equalizer, v.shift, v.equalizer),
+        *(scale, 0.0, 0),
+        *(k.format.spec.key, v.format.spec.key),
+    )[0]
 
 
 def _parts(x: SegmentedTensor) -> tuple[torch.Tensor | None, ...]:

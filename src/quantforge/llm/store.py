@@ -1,7 +1,8 @@
 """Storage of the keys, or the values, of one layer.
 
     dense   (B, Hkv, capacity, dim)   [ sinks ][ recent ]  and room for a page
-    packed  (B, Hkv, capacity, bytes) pages in the order of their tokens
+    packed  (B, Hkv, capacity, bytes) rows in the order of their tokens, and scales beside them; or
+            (B, capacity, Hkv, bytes) pages (`llm.paged`)
 
 Dense rows are written in place while they fit. When pages leave the window the dense buffer is
 replaced, not compacted: a view handed out in the same step still reads the old one.
@@ -15,22 +16,27 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.paged import PagedRows, PageFormat
 from quantforge.llm.segments import SegmentedTensor
 from quantforge.numerics.packing import packed_width
 from quantforge.ops.cache_append import op as cache_append_op
 from quantforge.ops.measure import measure
+from quantforge.ops.pages import codes_of
+from quantforge.ops.quantize import op as quantize_op
 from quantforge.spec import QuantSpec
 from quantforge.tensor import QuantTensor
 
 GROWTH_PAGES = 8
-"""Packed buffers grow by an eighth, at least by this many pages: little slack, few copies."""
+"""Packed buffers grow by an eighth, at least by this many page sizes: little slack, few copies."""
 
 
 class Store:
     """Sinks, packed pages and recent window of keys or of values."""
 
-    def __init__(self, options: CacheConfig, spec: QuantSpec) -> None:
-        self.options, self.spec = options, spec
+    def __init__(
+        self, options: CacheConfig, spec: QuantSpec, pages: PageFormat | None = None
+    ) -> None:
+        self.options, self.spec, self.pages = options, spec, pages
         self.dense: torch.Tensor | None = None
         self.packed: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
@@ -118,39 +124,62 @@ class Store:
             shift, equalizer = measure(dense[:, :, start:])
             self.shift = shift if self.options.shift else None
             self.equalizer = equalizer if self.options.equalizer else None
-        self._reserve(dense, tokens)
-        position = torch.tensor(self.n_packed)
-        cache_append_op.cache_append(
-            self.packed,
-            self.scales,
-            dense[:, :, start:stop],
-            position,
-            self.shift,
-            self.equalizer,
-            self.spec.key,
-        )
+        if self.pages is None:
+            self._append_rows(dense[:, :, start:stop])
+        else:
+            self._append_pages(dense[:, :, start:stop], self.pages)
         self.n_packed += tokens
         self.n_dense -= tokens
         kept = torch.cat([dense[:, :, :start], dense[:, :, stop:]], dim=2)
         self.dense = self._with_room(kept, self.n_dense)
 
-    def _reserve(self, dense: torch.Tensor, tokens: int) -> None:
-        """Make room for more packed rows."""
-        needed = self.n_packed + tokens
-        if self.packed is not None and needed <= self.packed.shape[2]:
-            return
-        capacity = needed
-        if self.packed is not None:
-            room = max(self.n_packed // 8, GROWTH_PAGES * self.options.page_size)
-            capacity = max(needed, self.n_packed + room)
-        lead = (*dense.shape[:2], capacity)
-        packed = dense.new_empty((*lead, packed_width(self.spec)), dtype=torch.uint8)
-        scale_dtype = getattr(torch, self.spec.scale_dtype)
-        scales = dense.new_empty((*lead, self.spec.scales_per_vector), dtype=scale_dtype)
-        if self.packed is not None and self.scales is not None:
-            packed[:, :, : self.n_packed] = self.packed[:, :, : self.n_packed]
-            scales[:, :, : self.n_packed] = self.scales[:, :, : self.n_packed]
-        self.packed, self.scales = packed, scales
+    def _append_rows(self, x: torch.Tensor) -> None:
+        """Quantize x behind the packed rows."""
+        lead = (*x.shape[:2], 0)
+        if self.packed is None:
+            self.packed = x.new_empty((*lead, packed_width(self.spec)), dtype=torch.uint8)
+            scale_dtype = getattr(torch, self.spec.scale_dtype)
+            self.scales = x.new_empty((*lead, self.spec.scales_per_vector), dtype=scale_dtype)
+        assert self.scales is not None, "rows have their scales beside them"
+        needed = self.n_packed + x.shape[2]
+        self.packed = self._grown(self.packed, 2, self.n_packed, needed, 1)
+        self.scales = self._grown(self.scales, 2, self.n_packed, needed, 1)
+        position = torch.tensor(self.n_packed)
+        cache_append_op.cache_append(
+            self.packed, self.scales, x, position, self.shift, self.equalizer, self.spec.key
+        )
+
+    def _append_pages(self, x: torch.Tensor, pages: PageFormat) -> None:
+        """Quantize x behind the packed tokens; a page that is not full is written again."""
+        tokens, dim = pages.layout.tokens, x.shape[-1]
+        packed, scales = quantize_op.quantize(x, self.shift, self.equalizer, self.spec.key)
+        codes, scales = codes_of(packed, dim, self.spec.bits), scales[..., 0]
+        if self.packed is None:
+            shape = (x.shape[0], 0, x.shape[1], pages.page_bytes)
+            self.packed = x.new_empty(shape, dtype=torch.uint8)
+        full, rest = divmod(self.n_packed, tokens)
+        if rest:
+            old_codes, old_scales = pages.read(self.packed[:, full : full + 1])
+            codes = torch.cat([old_codes[:, :, :rest], codes], 2)
+            scales = torch.cat([old_scales[:, :, :rest], scales], 2)
+        new = pages.write(codes, scales)
+        stop = full + new.shape[1]
+        self.packed = self._grown(self.packed, 1, -(-self.n_packed // tokens), stop, tokens)
+        self.packed[:, full:stop] = new
+
+    def _grown(
+        self, buffer: torch.Tensor, dim: int, used: int, needed: int, tokens: int
+    ) -> torch.Tensor:
+        """Return the buffer with room for `needed` entries of some tokens along an axis."""
+        if needed <= buffer.shape[dim]:
+            return buffer
+        least = -(-GROWTH_PAGES * self.options.page_size // tokens)
+        capacity = max(needed, used + max(used // 8, least)) if buffer.shape[dim] else needed
+        shape = list(buffer.shape)
+        shape[dim] = capacity
+        grown = buffer.new_empty(shape)
+        grown.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
+        return grown
 
     def crop(self, tokens: int) -> None:
         """Remove the last tokens: recent ones first, then packed ones, then sinks."""
@@ -167,7 +196,12 @@ class Store:
         if self.n_packed == 0:
             return dense
         assert self.packed is not None, "packed rows are counted where they are stored"
-        assert self.scales is not None, "packed rows are counted where they are stored"
+        if self.pages is not None:
+            paged = PagedRows(
+                self.packed, self.n_packed, self.pages, self.shift, self.equalizer, dense.dtype
+            )
+            return SegmentedTensor(dense, paged, self._n_sinks)
+        assert self.scales is not None, "rows have their scales beside them"
         packed = QuantTensor._make(
             self.packed[:, :, : self.n_packed],
             self.scales[:, :, : self.n_packed],

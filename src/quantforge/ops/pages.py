@@ -153,3 +153,13 @@ def lookup_table(spec: QuantSpec, device: torch.device) -> torch.Tensor:
     low, high = (torch.nn.functional.pad(t, (0, 8 - len(t))) for t in (low, high))
     words = torch.cat([low, high]).contiguous().view(torch.int32)
     return words[:, None].expand(-1, 32).contiguous().to(device)
+
+
+def pack_codes(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    """Invert `codes_of`: pack codes (..., dim) into rows; out (..., row_bytes) is zeroed."""
+    for plane in planes(codes.shape[-1], bits):
+        field = (codes >> plane.shift) & plane.mask
+        for slot in range(plane.fields):
+            part = field[..., slot * plane.stride : (slot + 1) * plane.stride]
+            target = out[..., plane.offset : plane.offset + part.shape[-1]]
+            target |= part << (slot * plane.width)

@@ -8,7 +8,7 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.numerics.pages import page_layout, why_no_pages
-from quantforge.ops._library import Impl, run
+from quantforge.ops._library import Impl, load_backend, run
 from quantforge.ops.checks import check_floating, check_last_dim, check_statistic
 from quantforge.ops.decode_attention import op
 from quantforge.spec import QuantSpec
@@ -63,12 +63,26 @@ class Dense(NamedTuple):
     lengths: torch.Tensor | None = None
 
 
+def why_not_fused(
+    key: QuantSpec, value: QuantSpec, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return why keys and values cannot be attended to by the fused kernel, or None."""
+    if device.type != "cuda":
+        return f"the fused kernel needs a GPU; got {device}"
+    backend = load_backend("decode_attention", "triton")
+    return (
+        backend if isinstance(backend, str) else backend.why_not(key.key, value.key, device, dtype)
+    )
+
+
 def decode_attention(
     query: torch.Tensor,
     pages: Pages,
     dense: Dense | None = None,
     *,
     starts: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
     scale: float | None = None,
     softcap: float = 0.0,
     window: int = 0,
@@ -84,6 +98,8 @@ def decode_attention(
         pages: packed keys and values.
         dense: the rest of the tokens.
         starts: (B,) int32, first position of each row that counts (left padding), on the device.
+        mask: bool (True = attend), (B or 1, Hq or 1, q or 1, positions), on top of the rest.
+        is_causal: a query sees no position behind its own; False: all of them.
         scale: of the logits; 1 / sqrt(dim) if None.
         softcap: logits become `softcap * tanh(logits / softcap)`; 0: none.
         window: tokens seen by a query, itself included; 0: all.
@@ -101,6 +117,7 @@ def decode_attention(
     Cost: reads each page once per 16 query rows of its key head.
     """
     _check(query, pages, dense, starts)
+    _check_mask(mask, query)
     k_dense = v_dense = lengths = None
     n_dense = n_sinks = 0
     if dense is not None:
@@ -118,6 +135,8 @@ def decode_attention(
         lengths,
         n_dense,
         n_sinks,
+        mask,
+        is_causal,
         pages.key_shift,
         pages.key_equalizer,
         pages.value_shift,
@@ -176,6 +195,19 @@ def _check(
     if dense is not None:
         _check_lengths("dense.lengths", dense.lengths, (batch,))
         _check_dense(dense, (batch, kv_heads), layout.key_dim, layout.value_dim)
+
+
+def _check_mask(mask: torch.Tensor | None, query: torch.Tensor) -> None:
+    if mask is None:
+        return
+    fits = mask.ndim == 4 and all(
+        size in (1, full) for size, full in zip(mask.shape, query.shape[:3], strict=False)
+    )
+    if not fits or mask.dtype != torch.bool or mask.stride(-1) != 1:
+        raise InputError(
+            f"mask must be bool, broadcast to {tuple(query.shape[:3])} and positions, the last of "
+            f"them contiguous; got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
 
 
 def _check_lengths(name: str, t: torch.Tensor | None, shape: tuple[int, ...]) -> None:

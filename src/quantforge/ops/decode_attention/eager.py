@@ -35,6 +35,8 @@ def decode_attention(
     dense_lens: torch.Tensor | None,
     n_dense: int,
     n_sinks: int,
+    mask: torch.Tensor | None,
+    is_causal: bool,
     k_shift: torch.Tensor | None,
     k_equalizer: torch.Tensor | None,
     v_shift: torch.Tensor | None,
@@ -77,10 +79,17 @@ def decode_attention(
 
     own = torch.arange(length, device=device).repeat(heads // kv_heads)
     own = (counts + dense_counts - length)[:, None] + own  # (B, rows)
-    seen = (present & (places >= first[:, None]))[:, None] & (places[:, None] <= own[..., None])
+    seen = (present & (places >= first[:, None]))[:, None]
+    if is_causal:
+        seen = seen & (places[:, None] <= own[..., None])
     if window:
-        seen &= places[:, None] > own[..., None] - window
-    logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        seen = seen & (places[:, None] > own[..., None] - window)
+    seen = seen[:, None].expand(-1, kv_heads, q.shape[2], -1)  # (B, Hkv, rows, places)
+    if mask is not None:
+        full = mask.expand(batch, heads, length, -1).reshape(*seen.shape[:3], -1)
+        index = places[:, None, None].clamp_max(full.shape[-1] - 1).expand_as(seen)
+        seen = seen & full.gather(-1, index)
+    logits = logits.masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
     weights = (logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()
     n_packed = token.shape[0]

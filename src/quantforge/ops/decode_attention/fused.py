@@ -37,7 +37,8 @@ from quantforge.ops.decode_attention.tiles import (
 @gluon.jit
 def _dense_rows(
     query, key, value, first, n_dense, n_tokens, n_sinks, rows, q_len,
-    position, visible_from, softcap, scale, query_h, query_q, key_n, value_n, m, mass, acc, group,
+    last_seen, visible_from, mask_row, softcap, scale, query_h, query_q, key_n, value_n,
+    m, mass, acc, group,
     D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, SOFTCAP: gl.constexpr, VC: gl.constexpr,
     MMA: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
@@ -76,8 +77,11 @@ def _dense_rows(
             s = soft_cap(s, softcap)
         t = first + tile * 16 + gl.arange(0, 16, ROW)
         place = gl.where(t < n_sinks, t, t + n_tokens)[:, None]
-        seen = (place >= visible_from[None, :]) & (place <= position[None, :])
-        scores = scores + (gl.where(seen & (t < n_dense)[:, None], s, float("-inf")),)
+        seen = (place >= visible_from[None, :]) & (place <= last_seen[None, :])
+        seen = seen & (t < n_dense)[:, None]
+        if mask_row is not None:
+            seen = seen & (gl.load(mask_row[None, :] + place, mask=seen, other=0) != 0)
+        scores = scores + (gl.where(seen, s, float("-inf")),)
     m, mass, acc = online(scores, m, mass, acc, DENSE // 16, DV // VC)
     async_copy.wait_group(0)
     for tile in gl.static_range(DENSE // 16):
@@ -110,13 +114,13 @@ LENGTHS = [
 @gluon.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
     projected, query_scale, shift_logits, query, k_pages, v_pages, k_table, v_table,
-    page_table, seqlens, starts, dense_lens, k_dense, v_dense, out, lse,
+    page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, out, lse,
     n_tokens, n_dense, n_sinks, window, dense_splits, pages_per_split, pages_per_row, rows,
     q_len, row_block, softcap, dense_scale,
-    query_b, query_h, query_q, kd_b, kd_h, kd_n, vd_b, vd_h, vd_n,
+    query_b, query_h, query_q, kd_b, kd_h, kd_n, vd_b, vd_h, vd_n, mask_b, mask_h, mask_q,
     HKV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_E4M3: gl.constexpr, V_E4M3: gl.constexpr,
-    SOFTCAP: gl.constexpr, WINDOW: gl.constexpr,
+    SOFTCAP: gl.constexpr, WINDOW: gl.constexpr, CAUSAL: gl.constexpr,
     HAS_DENSE: gl.constexpr, PDL: gl.constexpr,
     K_PTX: gl.constexpr, K_OPERANDS: gl.constexpr, V_PTX: gl.constexpr, V_OPERANDS: gl.constexpr,
     LOAD: gl.constexpr, HALVE: gl.constexpr, K_PLANE1: gl.constexpr, V_PLANE1: gl.constexpr,
@@ -148,10 +152,15 @@ def decode_kernel(
     n = gl.arange(0, N, COL)
     row = group * N + n
     position = n_tokens + n_dense - q_len + row % q_len
+    last_seen = position if CAUSAL else position * 0 + (n_tokens + n_dense)
     visible_from = gl.zeros((N,), gl.int32, COL) + start
     if WINDOW:
         visible_from = gl.maximum(visible_from, position - window + 1)
 
+    mask_row = mask
+    if mask is not None:
+        query_head = head % HKV * (rows // q_len) + gl.minimum(row, rows - 1) // q_len
+        mask_row = mask + b.to(gl.int64) * mask_b + query_head * mask_h + row % q_len * mask_q
     acc = ()
     for _ in gl.static_range(DV // VC):
         acc = acc + (gl.zeros((VC, N), gl.float32, MMA),)
@@ -295,6 +304,8 @@ def decode_kernel(
                 )
                 # a page at the end of the row or of somebody's view
                 hidden = (p + 1) * T > n_tokens
+                if mask is not None:
+                    hidden = True
                 if starts is not None:
                     hidden = hidden | (n_sinks + p * T < start)
                 if WINDOW:
@@ -315,9 +326,12 @@ def decode_kernel(
                             + t // 8 % 2 * 16
                         )
                         t = first_token + i * TP + t
-                        seen = (t < n_tokens)[:, None] & (
-                            n_sinks + t[:, None] >= visible_from[None, :]
-                        )
+                        place = n_sinks + t[:, None]
+                        seen = (t < n_tokens)[:, None] & (place >= visible_from[None, :])
+                        if mask is not None:
+                            seen = seen & (
+                                gl.load(mask_row[None, :] + place, mask=seen, other=0) != 0
+                            )
                         masked = masked + (gl.where(seen, s[i], float("-inf")),)
                     s = masked
                 m, mass, acc = online(s, m, mass, acc, VP, DV // VC)
@@ -372,8 +386,8 @@ def decode_kernel(
                 k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
                 v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
                 split * DENSE, n_dense, n_tokens, n_sinks, rows, q_len,
-                position, visible_from, softcap, dense_scale, query_h, query_q, kd_n, vd_n,
-                m, mass, acc, group, D, DV, N, SOFTCAP, VC, MMA, DENSE,
+                last_seen, visible_from, mask_row, softcap, dense_scale, query_h, query_q,
+                kd_n, vd_n, m, mass, acc, group, D, DV, N, SOFTCAP, VC, MMA, DENSE,
             )  # fmt: skip
 
     if PDL:

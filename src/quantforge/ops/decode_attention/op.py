@@ -20,7 +20,8 @@ def fake(query: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 decode_attention = register(
     "decode_attention(Tensor query, Tensor k_pages, Tensor v_pages, Tensor? page_table, "
     "Tensor? seqlens, SymInt n_tokens, Tensor? starts, Tensor? k_dense, Tensor? v_dense, "
-    "Tensor? dense_lens, SymInt n_dense, SymInt n_sinks, Tensor? k_shift, Tensor? k_equalizer, "
+    "Tensor? dense_lens, SymInt n_dense, SymInt n_sinks, Tensor? mask, "
+    "bool is_causal, Tensor? k_shift, Tensor? k_equalizer, "
     "Tensor? v_shift, Tensor? v_equalizer, float scale, float softcap, SymInt window, str k_spec, "
     "str v_spec) -> (Tensor, Tensor)",
     fake=fake,

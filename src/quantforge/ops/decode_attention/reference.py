@@ -23,6 +23,8 @@ def decode_attention(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    mask: NDArray[np.bool_] | None = None,
+    is_causal: bool = True,
 ) -> tuple[Array, Array]:
     """Return output (B, Hq, q, Dv) and log-sum-exp (B, Hq, q).
 
@@ -43,7 +45,11 @@ def decode_attention(
                 logits = scale * (k @ query[b, h, i])
                 if softcap:
                     logits = softcap * np.tanh(logits / softcap)
-                seen = (position >= starts[b]) & (position <= own)
+                seen = position >= starts[b]
+                if is_causal:
+                    seen &= position <= own
+                if mask is not None:
+                    seen &= mask[b, h % mask.shape[1], i % mask.shape[2], :total]
                 if window:
                     seen &= position > own - window
                 if not seen.any():

@@ -65,15 +65,18 @@ def supports(query: torch.Tensor, *args: object) -> str | None:
     if query.device.type != "cuda":
         return "Gluon kernels do not run in the interpreter"
     k_dense = args[6]
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        return f"query is {query.dtype}; the tensor cores take float16 and bfloat16"
     if isinstance(k_dense, torch.Tensor) and k_dense.dtype != query.dtype:
         return f"query is {query.dtype} and the dense rows are {k_dense.dtype}"
-    return _no_code(str(args[-2]), str(args[-1]), query.device)
+    return why_not(str(args[-2]), str(args[-1]), query.device, query.dtype)
 
 
 @lru_cache
-def _no_code(k_spec_key: str, v_spec_key: str, device: torch.device) -> str | None:
+def why_not(
+    k_spec_key: str, v_spec_key: str, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Return why the fused kernel cannot run these codes on a GPU, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the model computes in {dtype}; the tensor cores take float16 and bfloat16"
     k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
     if (reason := why_no_pages(k_spec, v_spec)) is not None:
         return reason
@@ -183,6 +186,17 @@ def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
     return (b if statistic.shape[0] > 1 else 0), (h if statistic.shape[1] > 1 else 0)
 
 
+def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of a mask over batch, query heads and queries, 0 where it broadcasts."""
+    if mask is None:
+        return 0, 0, 0
+    b, h, q = (
+        stride if size > 1 else 0
+        for stride, size in zip(mask.stride()[:3], mask.shape[:3], strict=True)
+    )
+    return b, h, q
+
+
 def decode_attention(
     query: torch.Tensor,
     k_pages: torch.Tensor,
@@ -196,6 +210,8 @@ def decode_attention(
     dense_lens: torch.Tensor | None,
     n_dense: int,
     n_sinks: int,
+    mask: torch.Tensor | None,
+    is_causal: bool,
     k_shift: torch.Tensor | None,
     k_equalizer: torch.Tensor | None,
     v_shift: torch.Tensor | None,
@@ -257,11 +273,12 @@ def decode_attention(
         dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
     decode_kernel[(groups, splits, units)](
         projected, query_scale, shift_logits if softcap else None, query, k_pages, v_pages,
-        *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, partial,
+        *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, partial,
         partial_lse, n_tokens, n_dense if k_dense is not None else 0, n_sinks, window,
         dense_splits, pages_per_split, pages_per_row, rows, q_len, row_block,
         softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *dense_strides,
-        HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0,
+        *_mask_strides(mask),
+        HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0, CAUSAL=is_causal,
         HAS_DENSE=k_dense is not None, **plan.constants,
         num_warps=1, maxnreg=tuning.max_registers, launch_pdl=pdl,
     )  # fmt: skip
