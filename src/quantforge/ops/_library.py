@@ -107,7 +107,15 @@ def _preferring(name: str, backend: str) -> Callable[..., Any]:
         _log_once(name, backend, reason)
         return eager(*args)
 
-    return call
+    def call_on_its_device(*args: Any) -> Any:
+        """Launch kernels on the GPU of the tensors, whichever is the current one."""
+        index = args[0].device.index
+        if index == torch.cuda.current_device():
+            return call(*args)
+        with torch.cuda.device(index):
+            return call(*args)
+
+    return call if FAST_BACKENDS["CPU"] == backend else call_on_its_device
 
 
 @lru_cache

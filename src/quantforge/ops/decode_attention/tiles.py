@@ -40,6 +40,12 @@ def load_table(table, E4M3: gl.constexpr, LOAD: gl.constexpr):
 
 
 @gluon.jit
+def token_of_row(row):
+    """Return the token in a row of a tile of scores: `numerics.pages.token_order`."""
+    return row // 32 * 32 + row % 2 + row // 16 % 2 * 2 + row // 2 % 4 * 4 + row // 8 % 2 * 16
+
+
+@gluon.jit
 def like(word, x):
     """Return a word in the shape and layout of x."""
     return gl.full(x.shape, 0, gl.int32, x.type.layout) + word
