@@ -12,7 +12,7 @@ import torch
 
 from quantforge.ops.scores import eager as scores_eager
 
-TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}
+TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 22}
 """Scores of all queries held at once."""
 MIN_TILE_ROWS = 256
 ROW_MASK = 0xFFFFFFFF
