@@ -95,9 +95,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "scores": ("tests/ops/test_scores.py",),
     "search": ("tests/ops/test_search.py",),
     "linear": ("tests/ops/test_scores.py", "tests/test_tensor_compute.py"),
-    "decode_attention": ("tests/ops/test_attention.py", "tests/ops/test_merge.py"),
+    "decode_attention": ("tests/ops/test_decode_attention.py", "tests/llm/test_pages.py"),
     "extend_attention": ("tests/ops/test_attention.py", "tests/ops/test_merge.py"),
-    "decode_layer": ("tests/ops/test_cache_append.py", "tests/ops/test_attention.py"),
+    "decode_layer": ("tests/ops/test_decode_attention.py", "tests/llm/test_pages.py"),
 }
 """The tests that have to pass before an operator's times are printed."""
 

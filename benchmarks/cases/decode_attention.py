@@ -50,7 +50,9 @@ def _layers(size: Size) -> list[tuple[Layer, float | None, bool]]:
         for shape, goals in MUST_REACH
         for bits, goal in goals.items()
     }
+    exact = [Layer(8, 4, 1, 32768, bits, bits, codebook="lloyd_max") for bits in (4, 3, 2)]
     others = [
+        *exact,
         Layer(8, 4, 1, 32768, 8, 8),
         Layer(8, 4, 1, 32768, 1, 1),
         Layer(8, 4, 1, 32768, 4, 2),

@@ -1,9 +1,8 @@
 """decode_layer: what one layer's cache does in a decode step, append and attention together.
 
 Issue 3 asks for at most 1.5 times the bytes floor under CUDA graphs at B=8, 32k: a share of the
-read ceiling of 1 / 1.5. One token is written into the dense window and one quantized into the
-packed rows in every step, at positions that live on the device; a cache that packs whole pages
-does the second less often.
+read ceiling of 1 / 1.5. The new token is written into the window, at a position that lives on the
+device; a page leaves the window in every 64th step only and is not part of this.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from benchmarks.cases.inputs import dense_nbytes, normal, rotated
 from benchmarks.cases.kv import BACKENDS, Layer, _attend
 from benchmarks.registry import Call, Case, Contenders, Size
 from quantforge.llm.segments import SegmentedTensor
-from quantforge.ops.cache_append import op as cache_append_op
 
 
 def _layers(size: Size) -> list[tuple[Layer, float | None, bool]]:
@@ -39,14 +37,11 @@ def _packed_step(
     query: torch.Tensor,
     segments: tuple[SegmentedTensor, SegmentedTensor],
     token: torch.Tensor,
-    dense_position: torch.Tensor,
-    packed_position: torch.Tensor,
+    position: torch.Tensor,
 ) -> torch.Tensor:
-    """Append a token (B, Hkv, 1, dim) to keys and values, and attend."""
+    """Append a token (B, Hkv, 1, dim) to the windows of keys and values, and attend."""
     for x in segments:
-        x.dense.index_copy_(2, dense_position, token)
-        parts = (x.packed._packed, x.packed._scales)
-        cache_append_op.cache_append(*parts, token, packed_position, None, None, x.packed._spec_key)
+        x.dense.index_copy_(2, position, token)
     return F.scaled_dot_product_attention(query, *segments, enable_gqa=True)
 
 
@@ -66,12 +61,11 @@ def _make(layer: Layer, device: torch.device) -> Contenders:
     query = layer.query(device)
     token = normal((layer.batch, layer.kv_heads, 1, layer.dim), layer.dtype, device, seed=1001)
     last_dense = torch.tensor([layer.n_dense - 1], device=device)
-    last_packed = torch.tensor(layer.n_packed - 1, device=device)
     last = torch.tensor([layer.length - 1], device=device)
 
     def ours(seed: int) -> Call:
         segments = layer.segments(seed, device)
-        return partial(_packed_step, query, segments, token, last_dense, last_packed)
+        return partial(_packed_step, query, segments, token, last_dense)
 
     pairs = rotated(lambda seed: layer.key_value(seed, device), layer.dense_bytes, device)
     attends: dict[str, Callable[..., torch.Tensor]] = {

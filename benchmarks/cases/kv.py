@@ -27,7 +27,12 @@ from benchmarks.cases.inputs import (
 from benchmarks.registry import Call, Calls
 from quantforge import QuantSpec, QuantTensor
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.paged import PagedRows, PageFormat
 from quantforge.llm.segments import SegmentedTensor
+from quantforge.numerics.pages import page_layout
+from quantforge.ops.decode_attention.api import why_not_fused
+from quantforge.ops.pages import codes_of
+from quantforge.spec import E4M3_MAX_BITS, CodebookName
 
 OPTIONS = CacheConfig()
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -48,6 +53,7 @@ class Layer:
         value_bits: likewise of the values.
         dim: of a head.
         dtype: of the model.
+        codebook: of the codes; beyond 5 bits e4m3 has none and Lloyd-Max is taken.
     """
 
     batch: int
@@ -59,13 +65,20 @@ class Layer:
     kv_heads: int = 8
     dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    codebook: CodebookName = "e4m3"
 
     @property
     def specs(self) -> tuple[QuantSpec, QuantSpec]:
         """The codes of keys and values."""
-        return (
-            QuantSpec(self.dim, self.key_bits, scale_rule=OPTIONS.key_scale_rule),
-            QuantSpec(self.dim, self.value_bits, scale_rule=OPTIONS.value_scale_rule),
+        rules = (OPTIONS.key_scale_rule, OPTIONS.value_scale_rule)
+        return tuple(
+            QuantSpec(
+                self.dim,
+                bits,
+                codebook=self.codebook if bits <= E4M3_MAX_BITS else "lloyd_max",
+                scale_rule=rule,
+            )
+            for bits, rule in zip((self.key_bits, self.value_bits), rules, strict=True)
         )
 
     @property
@@ -124,6 +137,7 @@ class Layer:
             "dim": self.dim,
             "key_bits": self.key_bits,
             "value_bits": self.value_bits,
+            "codebook": self.specs[0].codebook,
         }
 
     @property
@@ -132,6 +146,8 @@ class Layer:
         bits = f"{self.key_bits} bits"
         if self.value_bits != self.key_bits:
             bits = f"K {self.key_bits}, V {self.value_bits} bits"
+        if self.specs[0].codebook != "lloyd_max":
+            bits = f"{bits} {self.specs[0].codebook}"
         return (
             f"B={self.batch} q_per_kv={self.q_per_kv} q_len={self.q_len} Skv={self.length} {bits}"
         )
@@ -156,11 +172,18 @@ class Layer:
     def segments(self, seed: int, device: torch.device) -> tuple[SegmentedTensor, SegmentedTensor]:
         """Return the keys and values of an input set as the cache hands them to attention."""
         first, last = OPTIONS.sinks, OPTIONS.sinks + self.n_packed
+        fused = why_not_fused(*self.specs, device, self.dtype) is None
         result = []
         for x, spec in zip(self.key_value(seed, device), self.specs, strict=True):
-            packed = QuantTensor(*pack(x[:, :, first:last], spec), spec, dtype=self.dtype)
+            packed, scales = pack(x[:, :, first:last], spec)
+            source: QuantTensor | PagedRows = QuantTensor(packed, scales, spec, dtype=self.dtype)
+            if fused:  # as the cache keeps them on this device
+                written = PageFormat(page_layout(*self.specs), spec, holds_keys=not result)
+                pages = written.write(codes_of(packed, spec.dim, spec.bits), scales[..., 0])
+                n = packed.shape[2]
+                source = PagedRows(pages.contiguous(), n, written, None, None, self.dtype)
             dense = torch.cat([x[:, :, :first], x[:, :, last:]], 2)
-            result.append(SegmentedTensor(dense, packed, first))
+            result.append(SegmentedTensor(dense, source, first))
         return result[0], result[1]
 
     def mask(self, device: torch.device) -> torch.Tensor | None:

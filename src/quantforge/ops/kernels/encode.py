@@ -50,16 +50,31 @@ def power_of_two(v, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def where_live(x, live, OTHERWISE: tl.constexpr):
+    """Return x where live, else the float32 with the bits OTHERWISE; x itself if live is None."""
+    if live is not None:
+        x = tl.where(live, x, tl.cast(OTHERWISE, tl.int32).to(tl.float32, bitcast=True))
+    return x
+
+
+@triton.jit
 def scale_factor(
-    u, c, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    u, c, live, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Return the factor of the scale rule per row: (ROWS, 1)."""
+    """Return the factor of the scale rule per row: (ROWS, 1). `live` masks channels, unless None.
+
+    The definition adds nothing for channels that are not there, and a vector of zeros may have a
+    scale of -0: what is added in their place is -0, which leaves every number as it is.
+    """
+    if RULE != "norm":
+        products = tree_sum(where_live(u * c, live, -(2**31)), ROWS, N, LAYOUT)
+    if RULE != "unbiased":
+        squares = tree_sum(where_live(c * c, live, 0), ROWS, N, LAYOUT)
     if RULE == "unbiased":
-        factor = reciprocal(tree_sum(u * c, ROWS, N, LAYOUT)) * (DIM * 1.0)
+        factor = reciprocal(products) * (DIM * 1.0)
     elif RULE == "norm":
-        squares = reciprocal(tree_sum(c * c, ROWS, N, LAYOUT))
-        factor = tl.sqrt_rn(squares * (DIM * 1.0))
+        factor = tl.sqrt_rn(reciprocal(squares) * (DIM * 1.0))
     else:
-        factor = tree_sum(u * c, ROWS, N, LAYOUT) * reciprocal(tree_sum(c * c, ROWS, N, LAYOUT))
+        factor = products * reciprocal(squares)
     return factor

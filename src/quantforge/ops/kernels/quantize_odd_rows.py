@@ -137,14 +137,14 @@ def quantize_odd_rows(
         index = (row * 0).to(tl.int32) + source
         u = tl.gather(turned, index, 1) * reciprocal(norm)
         codes, c = nearest(u, table_ptr, SLOPE, CELLS)
-        c = tl.where(is_channel, c, 0.0)
         target = start + row
         mask = (row < end) & (target >= 0) & (target < capacity)
         store_codes(
             codes, packed_rows + target * packed_row, mask,
             ROWS, N, DIM, M // 4, PLANES, WORDS, LAYOUT,
         )  # fmt: skip
-        scale = norm * INV_SQRT_DIM * scale_factor(u, c, RULE, DIM, ROWS, N, LAYOUT) * power
+        factor = scale_factor(u, c, is_channel, RULE, DIM, ROWS, N, LAYOUT)
+        scale = norm * INV_SQRT_DIM * factor * power
         scale = scale.to(scales_ptr.dtype.element_ty)
         tl.store(scale_rows + target * scales_row, scale, mask=mask)
         row += ROWS

@@ -45,7 +45,7 @@ def encode_tile(
     u = butterfly(v, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
     codes, c = nearest(u, table_ptr, SLOPE, CELLS)
     store_codes(codes, packed_rows, mask, ROWS, DIM, DIM, 1, PLANES, WORDS, LAYOUT)
-    scale = norm * INV_SQRT_DIM * scale_factor(u, c, RULE, DIM, ROWS, DIM, LAYOUT) * power
+    scale = norm * INV_SQRT_DIM * scale_factor(u, c, None, RULE, DIM, ROWS, DIM, LAYOUT) * power
     scale = scale.to(scale_rows.dtype.element_ty)
     tl.store(scale_rows, scale, mask=mask)
     if QJL_PLANES is not None:

@@ -68,7 +68,7 @@ def dense_stage(parts, SIGNS: tl.constexpr, M: tl.constexpr):
     for i in tl.static_range(M):
         total = parts[0]
         if SIGNS[i] & 1:
-            total = -total
+            total = total * -1.0  # unary minus is `0 - x` to Triton: of zero, not -0
         for j in tl.static_range(1, M):
             if (SIGNS[i] >> j) & 1:
                 total = total - parts[j]
