@@ -30,11 +30,18 @@ and a nibble word two operands ("half 0": its low 16 bits). Values come in two f
     fp16   high and low bytes looked up apart, then interleaved; 4 bits: magnitudes, and the sign
            put in afterwards.
 
-Issued instructions (ALU instructions, which run at half rate) per code, sm_90, from the SASS:
+Issued instructions (of them on the ALU, which runs at half rate) per code, sm_90, loop of the
+SASS that Triton 3.6 makes, with loads and IMMAs; fp16: counted in the program, without the MMAs:
 
     bits                4            3            2            1
-    int8, 2 digits      1.6 (1.4)    1.3 (1.1)    1.0 (0.8)    0.7 (0.5)     with the IMMAs
-    fp16                2.6 (2.1)    1.8 (1.7)    1.4 (1.4)    1.4 (1.3)     without the MMAs
+    int8, 2 digits      1.8 (1.4)    1.2 (1.0)    1.0 (0.8)    0.9 (0.6), 1 digit
+    fp16                2.6 (2.1)    1.5 (1.5)    1.3 (1.3)    1.4 (1.4)
+
+At 4 bits an H200 at its read ceiling has 3.3 (1.65) for a code.
+
+A program sees four bytes that are adjacent in a row: `inline_asm_elementwise` packs what is adjacent
+in the registers of a lane, and a lane loads at least four adjacent bytes. Triton does not promise
+that; the GPU tests of every bits, dim and alignment would tell.
 """
 
 from __future__ import annotations
