@@ -39,9 +39,9 @@ SASS that Triton 3.6 makes, with loads and IMMAs; fp16: counted in the program, 
 
 At 4 bits an H200 at its read ceiling has 3.3 (1.65) for a code.
 
-A program sees four bytes that are adjacent in a row: `inline_asm_elementwise` packs what is adjacent
-in the registers of a lane, and a lane loads at least four adjacent bytes. Triton does not promise
-that; the GPU tests of every bits, dim and alignment would tell.
+A program sees four bytes that are adjacent in a row: `inline_asm_elementwise` packs what is
+adjacent in the registers of a lane, and a lane loads at least four adjacent bytes. Triton does not
+promise that; the GPU tests of every bits, dim and alignment would tell.
 """
 
 from __future__ import annotations
