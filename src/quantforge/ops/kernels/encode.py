@@ -13,12 +13,16 @@ from quantforge.ops.kernels.layouts import per_row
 
 
 @triton.jit
-def tree_sum(x, ROWS: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr):
-    """Sum rows (ROWS, N) by halving; returns a column (ROWS, 1).
+def tree_sum(x, live, ROWS: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr):
+    """Sum rows (ROWS, N) by halving; returns a column (ROWS, 1). `live` masks columns, or is None.
 
+    The definition adds nothing for columns that are not there, and a sum of products may be -0.
+    Here -0 is added in their place, which changes no number (and which the compiler leaves out).
     Each step adds exactly two numbers, so it has no order of its own. Costs about 1 instruction
     per element where the upper bits of a channel number registers.
     """
+    if live is not None:  # a literal -0.0 would become 0.0
+        x = tl.where(live, x, tl.cast(-(2**31), tl.int32).to(tl.float32, bitcast=True))
     for level in tl.static_range(20):
         if (N >> level) > 1:
             x = tl.sum(tl.reshape(x, (ROWS, 2, (N >> level) // 2)), axis=1)
@@ -50,27 +54,15 @@ def power_of_two(v, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def where_live(x, live, OTHERWISE: tl.constexpr):
-    """Return x where live, else the float32 with the bits OTHERWISE; x itself if live is None."""
-    if live is not None:
-        x = tl.where(live, x, tl.cast(OTHERWISE, tl.int32).to(tl.float32, bitcast=True))
-    return x
-
-
-@triton.jit
 def scale_factor(
     u, c, live, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Return the factor of the scale rule per row: (ROWS, 1). `live` masks channels, unless None.
-
-    The definition adds nothing for channels that are not there, and a vector of zeros may have a
-    scale of -0: what is added in their place is -0, which leaves every number as it is.
-    """
+    """Return the factor of the scale rule per row: (ROWS, 1). `live` is as in `tree_sum`."""
     if RULE != "norm":
-        products = tree_sum(where_live(u * c, live, -(2**31)), ROWS, N, LAYOUT)
+        products = tree_sum(u * c, live, ROWS, N, LAYOUT)
     if RULE != "unbiased":
-        squares = tree_sum(where_live(c * c, live, 0), ROWS, N, LAYOUT)
+        squares = tree_sum(c * c, live, ROWS, N, LAYOUT)
     if RULE == "unbiased":
         factor = reciprocal(products) * (DIM * 1.0)
     elif RULE == "norm":

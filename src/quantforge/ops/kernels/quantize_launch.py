@@ -20,7 +20,7 @@ from quantforge.ops.kernels.arguments import (
     signs_of_rows,
 )
 from quantforge.ops.kernels.axes import Axes
-from quantforge.ops.kernels.codebook import cells_of
+from quantforge.ops.kernels.codebook import cells_of, lane_cells_of
 from quantforge.ops.kernels.quantize_odd_rows import quantize_odd_rows
 from quantforge.ops.kernels.quantize_rows import quantize_rows
 from quantforge.ops.kernels.tuning import odd_factor, placement_of
@@ -56,7 +56,8 @@ def launch(
         return
     place = placement_of(spec, x.device, packs=True)
     grid = grid_of(axes, place, x.device)
-    cells, factors = cells_of(spec, x.device), encode_constants(spec.dim)
+    table_of = cells_of if place.tile.layout is None else lane_cells_of
+    cells, factors = table_of(spec, x.device), encode_constants(spec.dim)
     on_device = isinstance(position, torch.Tensor)
     common: dict[str, Any] = {
         "x_ptr": x,

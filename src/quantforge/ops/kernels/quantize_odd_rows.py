@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantforge.ops.kernels.codebook import nearest
+from quantforge.ops.kernels.codebook import lookup_table, nearest
 from quantforge.ops.kernels.encode import (
     power_from_peak,
     power_of_two,
@@ -121,6 +121,7 @@ def quantize_odd_rows(
         run_inverse = inverse_ptr + run_batch * inverse_batch + run_head * inverse_head
     packed_rows = packed_ptr + batch * packed_batch + head * packed_head
     scale_rows = scales_ptr + batch * scales_batch + head * scales_head
+    table = lookup_table(table_ptr, CELLS)
     for _ in range(TILES):
         v = prepared(
             x_rows + row * x_row, x_channel, shift_rows, inverse_rows,
@@ -128,7 +129,7 @@ def quantize_odd_rows(
         )  # fmt: skip
         power, inverse_power = power_of_two(v, LAYOUT)
         v = v * inverse_power
-        norm = tl.sqrt_rn(tree_sum(v * v, ROWS, N, LAYOUT))
+        norm = tl.sqrt_rn(tree_sum(v * v, is_channel, ROWS, N, LAYOUT))
         turned = rotated(
             run_rows + run_row * x_row, x_channel, run_shift, run_inverse, signs_ptr,
             run_row < run_end, ROWS, DIM, M, PADDED, SIGNS,
@@ -136,7 +137,7 @@ def quantize_odd_rows(
         )  # fmt: skip
         index = (row * 0).to(tl.int32) + source
         u = tl.gather(turned, index, 1) * reciprocal(norm)
-        codes, c = nearest(u, table_ptr, SLOPE, CELLS)
+        codes, c = nearest(u, table, SLOPE, CELLS)
         target = start + row
         mask = (row < end) & (target >= 0) & (target < capacity)
         store_codes(

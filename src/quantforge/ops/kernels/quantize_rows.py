@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantforge.ops.kernels.codebook import nearest
+from quantforge.ops.kernels.codebook import lookup_table, nearest
 from quantforge.ops.kernels.encode import power_of_two, reciprocal, scale_factor, tree_sum
 from quantforge.ops.kernels.layouts import channel_axis, kernel
 from quantforge.ops.kernels.packing import store_codes
@@ -27,7 +27,7 @@ from quantforge.ops.kernels.rotation import butterfly
 
 @triton.jit
 def encode_tile(
-    v, signs_qjl, channel, table_ptr, packed_rows, scale_rows, scale_column, mask,
+    v, signs_qjl, channel, table, packed_rows, scale_rows, scale_column, mask,
     DIM: tl.constexpr, ROWS: tl.constexpr,
     PLANES: tl.constexpr, QJL_PLANES: tl.constexpr, WORDS: tl.constexpr, RULE: tl.constexpr,
     SLOPE: tl.constexpr, CELLS: tl.constexpr,
@@ -40,10 +40,10 @@ def encode_tile(
     """
     power, inverse_power = power_of_two(v, LAYOUT)
     v = v * inverse_power
-    norm = tl.sqrt_rn(tree_sum(v * v, ROWS, DIM, LAYOUT))
+    norm = tl.sqrt_rn(tree_sum(v * v, None, ROWS, DIM, LAYOUT))
     inverse_norm = reciprocal(norm)
     u = butterfly(v, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
-    codes, c = nearest(u, table_ptr, SLOPE, CELLS)
+    codes, c = nearest(u, table, SLOPE, CELLS)
     store_codes(codes, packed_rows, mask, ROWS, DIM, DIM, 1, PLANES, WORDS, LAYOUT)
     scale = norm * INV_SQRT_DIM * scale_factor(u, c, None, RULE, DIM, ROWS, DIM, LAYOUT) * power
     scale = scale.to(scale_rows.dtype.element_ty)
@@ -55,7 +55,7 @@ def encode_tile(
         turned = butterfly(left * signs_qjl, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS)
         positive = (turned > 0.0).to(tl.int32)
         store_codes(positive, packed_rows, mask, ROWS, DIM, DIM, 1, QJL_PLANES, WORDS, LAYOUT)
-        left_norm = tl.sqrt_rn(tree_sum(left * left, ROWS, DIM, LAYOUT))
+        left_norm = tl.sqrt_rn(tree_sum(left * left, None, ROWS, DIM, LAYOUT))
         left_scale = left_norm * norm * QJL_FACTOR * power
         left_scale = left_scale.to(scale_rows.dtype.element_ty)
         tl.store(scale_rows + scale_column, left_scale, mask=mask)
@@ -82,6 +82,7 @@ def quantize_rows(
         start = tl.load(position_ptr)
     else:
         start = position
+    table = lookup_table(table_ptr, CELLS)
     signs = tl.load(signs_ptr + channel)
     signs_qjl = signs
     if qjl_signs_ptr is not None:
@@ -108,7 +109,7 @@ def quantize_rows(
         target = start + row
         mask = (row < end) & (target >= 0) & (target < capacity)
         encode_tile(
-            v, signs_qjl, channel, table_ptr,
+            v, signs_qjl, channel, table,
             packed_rows + target * packed_row, scale_rows + target * scales_row, scales_column,
             mask, DIM, ROWS, PLANES, QJL_PLANES, WORDS, RULE, SLOPE, CELLS,
             SQRT_DIM, INV_SQRT_DIM, QJL_FACTOR, FIRST_LANE_BIT, LANE_BITS, LAYOUT,

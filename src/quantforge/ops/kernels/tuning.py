@@ -109,7 +109,10 @@ def placement_of(spec: QuantSpec, device: torch.device, *, packs: bool) -> Place
 
     With an odd factor unpacking reads each byte where it is needed, so any placement will do.
     """
-    if not packs and odd_factor(spec.dim) > 1:
+    odd = odd_factor(spec.dim)
+    if not packs and odd > 1:
         return placement(spec.dim, 8, device)
-    widths = [p.width for p in planes(spec.dim, spec.code_bits)]
-    return placement(spec.dim, 1 if spec.estimator == "prod" else min(widths), device)
+    if spec.estimator == "prod" or (packs and odd == 1):
+        # three upper bits in registers: sums are over 4 numbers of a thread when they reach lanes
+        return placement(spec.dim, 1, device)
+    return placement(spec.dim, min(p.width for p in planes(spec.dim, spec.code_bits)), device)
