@@ -21,11 +21,14 @@ def dense_rows(
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    # channels are summed in any order, so a lane takes eight neighbours: loads of 16 bytes
+    KEY: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    QUERY: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VC, VC // 8], [1, 1], [1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, VC // 8, [1, 0])
     dtype: gl.constexpr = key.dtype.element_ty
-    d = gl.arange(0, D, gl.SliceLayout(1, B))
-    row = group * N + gl.arange(0, N, gl.SliceLayout(0, B))
+    d = gl.arange(0, D, gl.SliceLayout(1, QUERY))
+    row = group * N + gl.arange(0, N, gl.SliceLayout(0, QUERY))
     q_at = query + row // q_len * query_h + row % q_len * query_q
     q = gl.load(q_at[None, :] + d[:, None], mask=(row < rows)[None, :], other=0.0).to(dtype)
     values = gl.allocate_shared_memory(dtype, [DENSE // 16 * (DV // VC), 16, VC], SHARED)
@@ -38,8 +41,8 @@ def dense_rows(
             buffer = values.index(tile * (DV // VC) + i)
             async_copy.async_copy_global_to_shared(buffer, v_at, mask=(r < n_dense)[:, None])
     async_copy.commit_group()
-    k_row = gl.arange(0, 16, gl.SliceLayout(1, A))
-    k_column = gl.arange(0, D, gl.SliceLayout(0, A))
+    k_row = gl.arange(0, 16, gl.SliceLayout(1, KEY))
+    k_column = gl.arange(0, D, gl.SliceLayout(0, KEY))
     keys = ()
     for tile in gl.static_range(DENSE // 16):
         r = first + tile * 16 + k_row

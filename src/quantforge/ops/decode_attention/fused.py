@@ -311,8 +311,6 @@ def decode_kernel(
             async_copy.wait_group(0)
     else:
         if HAS_DENSE:
-            if PDL:
-                dependency(WAIT)
             kv_head = head % HKV
             m, mass, acc = dense_rows(
                 query + b * query_b + kv_head * (rows // q_len) * query_h,

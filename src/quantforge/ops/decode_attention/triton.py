@@ -37,7 +37,8 @@ class Tuning:
     """How to run one combination of codes.
 
     Attributes:
-        max_registers: per thread, or None for the compiler's choice.
+        max_registers: per thread for 8 query rows, or None for the compiler's choice; 16 rows need
+            more than half of a thread's registers, and the compiler chooses.
         programs: per multiprocessor, for the number of splits.
         pages: least number in a split.
     """
@@ -186,6 +187,21 @@ def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
     return (b if statistic.shape[0] > 1 else 0), (h if statistic.shape[1] > 1 else 0)
 
 
+def _cut(
+    n_pages: int, units: int, dense_splits: int, tuning: Tuning, device: torch.device
+) -> tuple[int, int]:
+    """Return how many splits the pages of a row are cut into, and the pages of each.
+
+    All programs fit on the GPU at once. Where many of them are short ones for dense rows, the
+    others start at different times, and shorter splits in two waves end together.
+    """
+    room = tuning.programs * multiprocessors(device)
+    waves = 2 if dense_splits * units > room // 8 else 1
+    pages = max(triton.cdiv(n_pages * units, waves * room), tuning.pages // waves)
+    splits = triton.cdiv(n_pages, pages)
+    return splits, triton.cdiv(n_pages, max(splits, 1))
+
+
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
     """Return the strides of a mask over batch, query heads and queries, 0 where it broadcasts."""
     if mask is None:
@@ -237,15 +253,11 @@ def decode_attention(
 
     pages_per_row = page_table.shape[1] if page_table is not None else len(k_pages) // batch
     n_pages = pages_per_row if seqlens is not None else triton.cdiv(n_tokens, layout.tokens)
-    room = tuning.programs * multiprocessors(device)
-    pages_per_split = max(triton.cdiv(n_pages * units * groups, room), tuning.pages)
-    packed_splits = triton.cdiv(n_pages, pages_per_split)
-    if packed_splits:
-        pages_per_split = triton.cdiv(n_pages, packed_splits)
     dense_rows = 0
     if k_dense is not None:
         dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
     dense_splits = triton.cdiv(dense_rows, DENSE_ROWS)
+    packed_splits, pages_per_split = _cut(n_pages, units * groups, dense_splits, tuning, device)
     splits = packed_splits + dense_splits
 
     out = query.new_empty((batch, heads, q_len, v_dim := plan.rotations[1].shape[0]))
@@ -280,7 +292,7 @@ def decode_attention(
         *_mask_strides(mask),
         HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0, CAUSAL=is_causal,
         HAS_DENSE=k_dense is not None, **plan.constants,
-        num_warps=1, maxnreg=tuning.max_registers, launch_pdl=pdl,
+        num_warps=1, maxnreg=tuning.max_registers if width == 8 else None, launch_pdl=pdl,
     )  # fmt: skip
     block = min(triton.next_power_of_2(rows), 16)
     while block > 1 and units * triton.cdiv(rows, block) < multiprocessors(device):
