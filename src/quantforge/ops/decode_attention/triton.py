@@ -295,7 +295,7 @@ def decode_attention(
         num_warps=1, maxnreg=tuning.max_registers if width == 8 else None, launch_pdl=pdl,
     )  # fmt: skip
     block = min(triton.next_power_of_2(rows), 16)
-    while block > 1 and units * triton.cdiv(rows, block) < multiprocessors(device):
+    while block > 1 and units * triton.cdiv(rows, block) < 2 * multiprocessors(device):
         block //= 2
     merge_kernel[(triton.cdiv(rows, block), units)](
         partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
