@@ -71,10 +71,10 @@ def assert_same_bits(packed: torch.Tensor, scales: torch.Tensor, expected: Encod
 def assert_close(actual: torch.Tensor, naive: Sequence[torch.Tensor], exact: np.ndarray) -> None:
     """Assert `|impl - f64| <= 2 * (|eager in the same dtype - f64| + eps(out) * max|f64|)`.
 
-    `naive` evaluates the formula in float32, the plainest way torch can, and is rounded to the
-    dtype of `actual`. The errors are maxima over the tensor. A maximum of rounding errors is a
-    matter of luck where one query decides it, so there may be several evaluations: the worst
-    counts. Infinities must agree.
+    `naive` evaluates the formula in float32, the plainest way torch can (where a kernel multiplies
+    half numbers, also with operands of that dtype), and is rounded to the dtype of `actual`. The
+    errors are maxima over the tensor. A maximum of rounding errors is a matter of luck where one
+    query decides it, so there may be several evaluations: the worst counts. Infinities must agree.
     """
     assert tuple(actual.shape) == exact.shape
     got = to_float64(actual)
@@ -198,28 +198,33 @@ def _naive_rotated(encoded: Encoded, spec: QuantSpec) -> torch.Tensor:
 FORMS: tuple[Form, ...] = ("decoded", "rotated")
 
 
-def naive_scores(query: torch.Tensor, store: Store, form: Form) -> torch.Tensor:
+def naive_scores(
+    query: torch.Tensor, store: Store, form: Form, operand: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Evaluate `q . x`, or `R (equalizer * q) . rotated + q . shift`, in float32 on the CPU.
 
     The rotation mixes loud channels into all others, so the second rounds worse than the first;
-    reading codes without decoding them cannot do better.
+    reading codes without decoding them cannot do better. The vectors are rounded to `operand`
+    before they are multiplied.
     """
     query = query.cpu().float()
     if form == "decoded":
-        return query @ store.naive.mT
+        return query @ store.naive.to(operand).float().mT
     shift, equalizer = store.shift_array, store.equalizer_array
     turned = query if equalizer is None else query * torch.from_numpy(equalizer)
     turned = turned @ _rotation(store.spec, store.spec.seed).T
-    result = turned @ _naive_rotated(store.encoded, store.spec).mT
+    result = turned @ _naive_rotated(store.encoded, store.spec).to(operand).float().mT
     return result if shift is None else result + (query * torch.from_numpy(shift)).sum(-1, True)
 
 
-def naive_combine(weights: torch.Tensor, store: Store, form: Form) -> torch.Tensor:
+def naive_combine(
+    weights: torch.Tensor, store: Store, form: Form, operand: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Evaluate `w @ x`, or `equalizer * R^T (w @ rotated) + sum(w) shift`, likewise."""
     weights = weights.cpu().float()
     if form == "decoded":
-        return weights @ store.naive
-    total = weights @ _naive_rotated(store.encoded, store.spec)
+        return weights @ store.naive.to(operand).float()
+    total = weights @ _naive_rotated(store.encoded, store.spec).to(operand).float()
     x = total @ _rotation(store.spec, store.spec.seed)
     if store.equalizer_array is not None:
         x = x * torch.from_numpy(store.equalizer_array)

@@ -64,11 +64,15 @@ def naive_attention(
     mask: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float = 1 / 8,
+    operand: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the concatenation of segments in float32, with all logits in one matrix."""
+    """Attention over the concatenation of segments in float32, with all logits in one matrix.
+
+    Keys and values are rounded to `operand` before they are multiplied.
+    """
     q_per_kv = query.shape[1] // segments[0][0].packed.shape[1]
     grouped = query.unflatten(1, (-1, q_per_kv)).flatten(2, 3)  # (B, Hkv, q_per_kv * q, dim)
-    parts = [naive_scores(grouped, key, form) for key, _ in segments]
+    parts = [naive_scores(grouped, key, form, operand) for key, _ in segments]
     logits = scale * torch.cat(parts, -1).unflatten(2, (q_per_kv, -1)).flatten(1, 2)
     if mask is not None:
         logits = logits + (mask if mask.is_floating_point() else torch.where(mask, 0.0, -torch.inf))
@@ -83,7 +87,7 @@ def naive_attention(
     weights = weights.unflatten(1, (-1, q_per_kv)).flatten(2, 3)
     sizes = [value.packed.shape[2] for _, value in segments]
     outputs = [
-        naive_combine(part, value, form)
+        naive_combine(part, value, form, operand)
         for part, (_, value) in zip(weights.split(sizes, -1), segments, strict=True)
     ]
     return sum(outputs[1:], outputs[0]).unflatten(2, (q_per_kv, -1)).flatten(1, 2), lse
@@ -106,10 +110,12 @@ def _check(
     scale: float | None = None,
     packed: tuple[Packed, Packed] | None = None,
     impl: Impl = "auto",
+    rounds_operands: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare output and log-sum-exp with the oracle and return them.
 
     Half queries are compared in their dtype on a GPU, whose tensor cores multiply half numbers.
+    `rounds_operands` is for a path that rounds rotated keys and values to the query's dtype.
     """
     packed = packed or (_packed(key), _packed(value))
     out, lse = attention(query, *packed, mask=mask, is_causal=is_causal, scale=scale, impl=impl)
@@ -120,6 +126,9 @@ def _check(
     cpu_mask = None if mask is None else mask.cpu()
     arguments = (cpu_mask, is_causal, scale)
     naive = [naive_attention(query.cpu(), [(key, value)], form, *arguments) for form in FORMS]
+    if rounds_operands:
+        rounded = (*arguments, query.dtype)
+        naive.append(naive_attention(query.cpu(), [(key, value)], "rotated", *rounded))
     is_half = query.is_cuda and query.dtype in HALF
     dtype = query.dtype if is_half else torch.float32
     _assert_close(out.to(dtype), lse.to(dtype), exact, naive)
@@ -534,7 +543,7 @@ def test_extend_by_chunks(
     grouped = query.reshape(2, 4, -1, dim)
     assert backend.extend.reason_against(grouped, 700, spec, spec) is None
     monkeypatch.setattr(backend.extend, "CHUNK_BYTES", 0)  # the least chunk: 256 tokens
-    _check(query, key, value, impl="triton")
+    _check(query, key, value, impl="triton", rounds_operands=True)
 
 
 @pytest.mark.gpu
@@ -553,6 +562,7 @@ def test_extend_memory_does_not_grow_with_the_history() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("q", [1, 640])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_capture_without_synchronization(q: int) -> None:
     """A captured call reads what its buffers hold when it is replayed."""
     spec = QuantSpec(128, 4)
@@ -560,8 +570,8 @@ def test_capture_without_synchronization(q: int) -> None:
     query = _query(1, 32, q, 128, device=CUDA, dtype=torch.bfloat16)
     operands = [_packed(store) for store in first]
     attention(query, *operands, impl="triton")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         attention(query, *operands, impl="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
