@@ -61,10 +61,12 @@ def time_text(time_us: float) -> str:
     return f"{time_us / 1e3:,.2f} ms" if time_us >= 1000 else f"{time_us:.1f} us"
 
 
-def op_table(op: str) -> str:
-    """Return the times of an operator's cases."""
+def op_table(op: str, *, only_goals: bool = False) -> str:
+    """Return the times of an operator's cases, or only of those that have a goal."""
 
     def table(rows: list[Row]) -> str:
+        if only_goals:
+            rows = [row for row in rows if row.get("goal_ratio")]
         head = ["case", "time", "bytes / time", "of the read ceiling", "best baseline", "ratio"]
         goals = any(row.get("goal_ratio") or row.get("goal_share") for row in rows)
         body = [_op_cells(row) + ([_goal(row)] if goals else []) for row in rows]

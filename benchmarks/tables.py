@@ -84,6 +84,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
     "eager_attention": lambda: eager_attention("eager_ops_cpu"),
     **{op: partial(op_table, op) for op in OPS},
+    "decode_attention_goals": partial(op_table, "decode_attention", only_goals=True),
     "decode_step": decode_step_table,
     "decode_attention_plot": plots,
 }
