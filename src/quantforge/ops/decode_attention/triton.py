@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
 from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
 from quantforge.ops import constants
@@ -187,6 +186,15 @@ def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
     return (b if statistic.shape[0] > 1 else 0), (h if statistic.shape[1] > 1 else 0)
 
 
+def _ceil_div(a: int, b: int) -> int:  # triton.cdiv costs 7 us a call
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    """Return the least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def _cut(
     n_pages: int, units: int, dense_splits: int, tuning: Tuning, device: torch.device
 ) -> tuple[int, int]:
@@ -197,9 +205,9 @@ def _cut(
     """
     room = tuning.programs * multiprocessors(device)
     waves = 2 if dense_splits * units > room // 8 else 1
-    pages = max(triton.cdiv(n_pages * units, waves * room), tuning.pages // waves)
-    splits = triton.cdiv(n_pages, pages)
-    return splits, triton.cdiv(n_pages, max(splits, 1))
+    pages = max(_ceil_div(n_pages * units, waves * room), tuning.pages // waves)
+    splits = _ceil_div(n_pages, pages)
+    return splits, _ceil_div(n_pages, max(splits, 1))
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
@@ -248,15 +256,15 @@ def decode_attention(
     kv_heads = k_pages.shape[1]
     rows = heads // kv_heads * q_len
     width = 8 if rows <= 8 else 16
-    groups = triton.cdiv(rows, width)
+    groups = _ceil_div(rows, width)
     units = batch * kv_heads
 
     pages_per_row = page_table.shape[1] if page_table is not None else len(k_pages) // batch
-    n_pages = pages_per_row if seqlens is not None else triton.cdiv(n_tokens, layout.tokens)
+    n_pages = pages_per_row if seqlens is not None else _ceil_div(n_tokens, layout.tokens)
     dense_rows = 0
     if k_dense is not None:
         dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
-    dense_splits = triton.cdiv(dense_rows, DENSE_ROWS)
+    dense_splits = _ceil_div(dense_rows, DENSE_ROWS)
     packed_splits, pages_per_split = _cut(n_pages, units * groups, dense_splits, tuning, device)
     splits = packed_splits + dense_splits
 
@@ -267,7 +275,7 @@ def decode_attention(
     if splits == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     padded = groups * width
-    row_block = triton.cdiv(padded, 16) * 16
+    row_block = _ceil_div(padded, 16) * 16
     projected = query.new_empty((units, row_block, dim), dtype=torch.float16)
     query_scale = lse.new_empty((units, row_block // 16))
     shift_logits = lse.new_empty((units, rows)) if k_shift is not None else None
@@ -294,15 +302,15 @@ def decode_attention(
         HAS_DENSE=k_dense is not None, **plan.constants,
         num_warps=1, maxnreg=tuning.max_registers if width == 8 else None, launch_pdl=pdl,
     )  # fmt: skip
-    block = min(triton.next_power_of_2(rows), 16)
-    while block > 1 and units * triton.cdiv(rows, block) < 2 * multiprocessors(device):
+    block = min(_power_of_two(rows), 16)
+    while block > 1 and units * _ceil_div(rows, block) < 2 * multiprocessors(device):
         block //= 2
-    merge_kernel[(triton.cdiv(rows, block), units)](
+    merge_kernel[(_ceil_div(rows, block), units)](
         partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
         v_shift, out, lse, splits, dense_splits, rows, plan.units[1],
         *_strides(v_equalizer), *_strides(v_shift),
-        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=triton.next_power_of_2(splits),
-        CHUNK=min(MERGE_NUMBERS // (block * v_dim), triton.next_power_of_2(splits)),
+        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=_power_of_two(splits),
+        CHUNK=min(MERGE_NUMBERS // (block * v_dim), _power_of_two(splits)),
         PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
