@@ -55,7 +55,7 @@ class CellTable:
 
 
 def is_clear(position: F64) -> bool:
-    """Return whether boundaries, at some positions in cells, have a cell each and avoid its edges."""
+    """Return whether boundaries, at positions in cells, have a cell each and avoid its edges."""
     cell = np.rint(position)
     near = np.abs(position - cell).max() < 0.5 - _CLEARANCE
     return bool(near) and len(np.unique(cell)) == len(cell)

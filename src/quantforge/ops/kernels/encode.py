@@ -13,6 +13,30 @@ from quantforge.ops.kernels.layouts import per_row
 
 
 @triton.jit
+def widened(x, flips):
+    """Return bfloat16 x, in pairs of one thread, as float32 with the bits of `flips` inverted.
+
+    `flips` holds int16, or is None. Instructions per element: 1.5, or 1 without.
+    """
+    if flips is None:
+        v = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=&r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        v = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 flipped;
+            xor.b32 flipped, $2, $3;
+            shl.b32 $0, flipped, 16;
+            and.b32 $1, flipped, 0xffff0000;
+            }""",
+            "=&r,=r,r,r", [x, flips], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return v
+
+
+@triton.jit
 def tree_sum(x, live, ROWS: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr):
     """Sum rows (ROWS, N) by halving; returns a column (ROWS, 1). `live` masks columns, or is None.
 

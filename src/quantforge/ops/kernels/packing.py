@@ -45,10 +45,11 @@ def store_plane(
     ODD: tl.constexpr,
     WIDTH: tl.constexpr,
     SHIFT: tl.constexpr,
+    IS_TOP: tl.constexpr,
     WORDS: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """Store one plane of codes (ROWS, N), of which DIM columns count.
+    """Store one plane of codes (ROWS, N), of which DIM columns count; a top one has no bits above.
 
     `row_pointers` and `mask` are columns (ROWS, 1). Bytes past the data, up to a multiple of 4,
     become zeros. Instructions per element: 1-2.
@@ -56,7 +57,10 @@ def store_plane(
     SLOTS: tl.constexpr = 8 // WIDTH
     COUNT: tl.constexpr = N * ODD // DIM * SLOTS
     STRIDE: tl.constexpr = DIM * WIDTH // 8
-    fields = chunks((codes >> SHIFT) & ((1 << WIDTH) - 1), ROWS, N, COUNT)
+    field = codes >> SHIFT
+    if not IS_TOP:
+        field = field & ((1 << WIDTH) - 1)
+    fields = chunks(field, ROWS, N, COUNT)
     pointers = columns(row_pointers, N // COUNT, LAYOUT)
     pointers = pointers + column_axis(N // COUNT, LAYOUT)
     if WORDS and N // COUNT >= 4:
@@ -65,7 +69,7 @@ def store_plane(
     for chunk in tl.static_range(ODD):
         total = fields[chunk]
         for slot in tl.static_range(1, SLOTS):
-            total = total | (fields[slot * ODD + chunk] << (slot * WIDTH))
+            total = total + (fields[slot * ODD + chunk] << (slot * WIDTH))  # one instruction
         packed = columns(total.to(tl.uint8), N // COUNT, LAYOUT)
         tl.store(pointers + chunk * (N // COUNT), packed, mask=wanted)
     for byte in tl.static_range(STRIDE, (STRIDE + 3) // 4 * 4):
@@ -89,7 +93,8 @@ def store_codes(
     for plane in tl.static_range(len(PLANES)):
         store_plane(
             codes, row_pointers + PLANES[plane][2], mask,
-            ROWS, N, DIM, ODD, PLANES[plane][0], PLANES[plane][1], WORDS, LAYOUT,
+            ROWS, N, DIM, ODD, PLANES[plane][0], PLANES[plane][1], plane + 1 == len(PLANES),
+            WORDS, LAYOUT,
         )  # fmt: skip
 
 

@@ -6,10 +6,12 @@
 The input is read once: a tile stays in registers from the load to the bytes. The next tile is
 loaded before this one is encoded. Instructions per element at dim 128 and 4 bits, bfloat16:
 
-    convert, signs, maximum, scale               4      square, sum                          3
+    convert with signs, maximum, scale         3.5      square, sum, shuffles                3
     butterfly (5 bits in registers, 2 in lanes)  9      times 1 / norm                       1
-    code and centroid                           11      product, sum                         3
-    pack                                         2      scalars of a row, addresses          3
+    code and centroid                            7      product, sum, shuffles               3
+    pack                                         1      scalars of a row, addresses        2.5
+
+5.6 of these 30 are shuffles, of which a multiprocessor does one while it issues four instructions.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ import triton
 import triton.language as tl
 
 from quantforge.ops.kernels.codebook import lookup_table, nearest
-from quantforge.ops.kernels.encode import power_of_two, reciprocal, scale_factor, tree_sum
+from quantforge.ops.kernels.encode import (
+    power_of_two,
+    reciprocal,
+    scale_factor,
+    tree_sum,
+    widened,
+)
 from quantforge.ops.kernels.layouts import channel_axis, kernel
 from quantforge.ops.kernels.packing import store_codes
 from quantforge.ops.kernels.placement import rows_of_program
@@ -76,6 +84,7 @@ def quantize_rows(
     FIRST_LANE_BIT: tl.constexpr, LANE_BITS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Quantize rows of x into rows `position ..` of packed and scales. `total` counts all rows."""
+    BY_PAIRS: tl.constexpr = LAYOUT is not None and x_ptr.dtype.element_ty == tl.bfloat16
     channel = channel_axis(DIM, LAYOUT)
     batch, head, row, end = rows_of_program(n, heads, total, ROWS, TILES, PER_ROW, LAYOUT)
     if position_ptr is not None:
@@ -87,6 +96,9 @@ def quantize_rows(
     signs_qjl = signs
     if qjl_signs_ptr is not None:
         signs_qjl = tl.load(qjl_signs_ptr + channel)
+    flips = None
+    if BY_PAIRS and shift_ptr is None and equalizer_ptr is None:
+        flips = signs.to(tl.bfloat16).to(tl.int16, bitcast=True) & -(2**15)
     factor = signs
     if equalizer_ptr is not None:
         equalizer_rows = equalizer_ptr + batch * equalizer_batch + head * equalizer_head
@@ -99,13 +111,17 @@ def quantize_rows(
     scale_rows = scales_ptr + batch * scales_batch + head * scales_head
     x = tl.load(x_rows + row * x_row, mask=row < end, other=0.0)
     for tile in range(TILES):
+        if BY_PAIRS:
+            v = widened(x, flips)
+        else:
+            v = x.to(tl.float32)
         following = row + ROWS
         wanted = (following < end) & (tile + 1 < TILES)
-        x_next = tl.load(x_rows + following * x_row, mask=wanted, other=0.0)
-        v = x.to(tl.float32)
+        x = tl.load(x_rows + following * x_row, mask=wanted, other=0.0)  # into registers just read
         if shift_ptr is not None:
             v = v - shift
-        v = v * factor
+        if flips is None:
+            v = v * factor
         target = start + row
         mask = (row < end) & (target >= 0) & (target < capacity)
         encode_tile(
@@ -114,4 +130,4 @@ def quantize_rows(
             mask, DIM, ROWS, PLANES, QJL_PLANES, WORDS, RULE, SLOPE, CELLS,
             SQRT_DIM, INV_SQRT_DIM, QJL_FACTOR, FIRST_LANE_BIT, LANE_BITS, LAYOUT,
         )  # fmt: skip
-        x, row = x_next, following
+        row = following

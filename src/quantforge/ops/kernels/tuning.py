@@ -41,7 +41,7 @@ class Tuning:
 # 4 bits, no statistics), of which a multiprocessor issues 128 a cycle; registers per thread:
 #
 #                      dim 128   dim 768   dim 1024   dim 1536
-#     quantize         36, 128   57, 168    44, 168    61, 168
+#     quantize         30, 128   48, 168    37, 168    52, 168
 #     dequantize       18,  95   30,  96    24,  96    33, 127
 TUNING = (
     Tuning(odd=1, width=1024, low_bits=3, high_bits=2, num_warps=4, tiles=8),
