@@ -8,7 +8,7 @@ import torch
 
 from quantforge.errors import ConfigError, InputError
 from quantforge.ops import search
-from quantforge.ops.search import op
+from quantforge.ops.search import eager, op
 from quantforge.ops.search.reference import search as reference
 from quantforge.spec import QuantSpec
 from tests.helpers import (
@@ -192,6 +192,23 @@ def test_a_query_of_nan_finds_nothing(q: int, device: torch.device) -> None:
     _, rows = search(query, store.packed, store.scales, store.spec, 4)
     assert bool((rows[1] == -1).all())
     assert bool((rows[0] >= 0).all())
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+@pytest.mark.parametrize("with_filter", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 4, 40])
+@pytest.mark.usefixtures("poison")
+def test_several_tiles(
+    k: int, with_filter: bool, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 512 rows, 8 groups, the last one ragged: exactly the rows of the oracle."""
+    monkeypatch.setitem(eager.TILE_SCORES, "cpu", 1024)
+    store = make_store(QuantSpec(64, 4), 512 * 5 + 333)
+    allowed = np.random.RandomState(3).random_sample(512 * 5 + 333) < 0.3 if with_filter else None
+    query = query_of(2, 64, device=torch.device("cpu"))
+    _, rows = check_search(query, store, k, allowed, impl)
+    expected = reference(to_float64(query), store.encoded, store.spec, k, allowed=allowed)[1]
+    np.testing.assert_array_equal(rows.numpy(), expected)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 7])

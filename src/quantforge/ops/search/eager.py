@@ -4,9 +4,14 @@ A score and a row make one integer that sorts as the tie rule says: the float32 
 to order as an integer, above the row's complement.
 
     key = ordered(score) << 32 | 0xFFFFFFFF - row
+
+Of a tile only the k runs of GROUP rows with the best maxima are made into keys: any other row has
+k rows before it, also among equals, because a run's rows follow each other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +20,8 @@ from quantforge.ops.scores import eager as scores_eager
 TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 22}
 """Scores of all queries held at once."""
 MIN_TILE_ROWS = 256
+GROUP = 64
+"""Rows of which the best score stands for all."""
 ROW_MASK = 0xFFFFFFFF
 MAX_ROWS = 1 << 32
 
@@ -30,6 +37,23 @@ def search(
     spec_key: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Implement `quantforge::search` on any device."""
+    return search_by(
+        scores_eager.scores, query, packed, scales, shift, equalizer, filter_bitmap, k, spec_key
+    )
+
+
+def search_by(
+    scores: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    shift: torch.Tensor | None,
+    equalizer: torch.Tensor | None,
+    filter_bitmap: torch.Tensor | None,
+    k: int,
+    spec_key: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Search by an implementation of `quantforge::scores` whose equal rows have equal scores."""
     dense = query.to(torch.float32)
     n = packed.shape[-2]
     absent = keys_of(torch.tensor(-torch.inf), torch.tensor(ROW_MASK)).to(query.device)
@@ -37,15 +61,31 @@ def search(
     step = max(MIN_TILE_ROWS, TILE_SCORES[query.device.type] // max(1, query.shape[0]))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        tile = scores_eager.scores(dense, packed[rows], scales[rows], None, equalizer, spec_key)
+        tile = scores(dense, packed[rows], scales[rows], None, equalizer, spec_key)
         index = torch.arange(rows.start, rows.stop, device=query.device)
-        hidden = tile.isnan()
         if filter_bitmap is not None:
-            hidden |= ((filter_bitmap[index >> 3] >> (index & 7)) & 1) == 0
-        keys = keys_of(tile.masked_fill_(hidden, -torch.inf), index)
+            hidden = ((filter_bitmap[index >> 3] >> (index & 7)) & 1) == 0
+            tile.masked_fill_(hidden, -torch.inf)
+        tile.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+        keys = _keys_of_best_groups(tile, index, k)
         best = torch.cat([best, keys], dim=1).topk(k, dim=1).values
     offset = None if shift is None else offsets_of(dense, shift)
     return results_of(best, offset)
+
+
+def _keys_of_best_groups(tile: torch.Tensor, index: torch.Tensor, k: int) -> torch.Tensor:
+    """Return keys (q, m) of scores (q, n) of rows `index` (n,): the k greatest are among them."""
+    count = index.shape[0] // GROUP
+    if count <= 2 * k:
+        return keys_of(tile, index)
+    grouped = tile[:, : count * GROUP].unflatten(1, (count, GROUP))
+    groups = torch.arange(count, device=tile.device)
+    order = keys_of(grouped.amax(-1), groups).topk(k, dim=1).values
+    chosen = ROW_MASK - (order & ROW_MASK)  # (q, k)
+    scores = grouped.gather(1, chosen.unsqueeze(-1).expand(-1, -1, GROUP))
+    rows = index[: count * GROUP].view(count, GROUP)[chosen]
+    rest = keys_of(tile[:, count * GROUP :], index[count * GROUP :])
+    return torch.cat([keys_of(scores, rows).flatten(1), rest], dim=1)
 
 
 def keys_of(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

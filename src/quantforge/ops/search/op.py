@@ -27,5 +27,5 @@ search = register(
     "Tensor? filter_bitmap, int k, str spec) -> (Tensor, Tensor)",
     fake=fake,
     eager=eager.search,
-    fast=("triton",),
+    fast=("triton", "native"),
 )
