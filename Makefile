@@ -3,6 +3,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+# a process per core: tests compute on one thread
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 READY  := $(VENV)/.ready
 
 .PHONY: demo test test-gpu lint format bench bench-gpu clean
@@ -18,8 +20,11 @@ demo: $(READY)
 	$(BIN)/python recipes/demo_cache.py --output out
 	$(BIN)/python recipes/demo_search.py --output out
 
+# what runs by default; kernels by Triton's interpreter; what runs where no compiler is
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+	QUANTFORGE_NATIVE=0 $(PYTEST) -m 'not gpu' tests/ops tests/test_tensor_compute.py
 
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
