@@ -1,4 +1,4 @@
-"""Speed of the torch operators on packed codes, against dense torch on uncompressed data.
+"""Speed of the eager torch operators on packed codes, against dense torch on uncompressed data.
 
 Each ratio is dense time / packed time in the same run: above 1 the packed operator is faster.
 SDPA is measured as models call it (`enable_gqa`) and with the query heads of a key head folded
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 
 from benchmarks.record import median_ms, save
 from quantforge import QuantSpec, QuantTensor
+from quantforge.ops import attention, dequantize, quantize, scores
+from quantforge.ops.attention.api import Packed
 
 Calls = dict[str, Callable[[], Any]]
 ROWS = 100_000
@@ -37,7 +39,8 @@ def scores_cases(device: str) -> Iterator[tuple[dict[str, Any], Calls]]:
             for bits in (1, 2, 3, 4, 8):
                 codes = QuantTensor.quantize(x, QuantSpec(dim, bits))
                 case = {"op": "scores", "n": ROWS, "dim": dim, "queries": queries, "bits": bits}
-                yield case, {"packed": partial(torch.matmul, q, codes.T), **dense}
+                packed = partial(scores, q, codes.packed, codes.scales, codes.spec, impl="eager")
+                yield case, {"packed": packed, **dense}
 
 
 def attention_cases(device: str) -> Iterator[tuple[dict[str, Any], Calls]]:
@@ -56,7 +59,8 @@ def attention_cases(device: str) -> Iterator[tuple[dict[str, Any], Calls]]:
         for bits in (2, 3, 4, 8):
             codes = [QuantTensor.quantize(t, QuantSpec(128, bits)) for t in (k, v)]
             case = {"op": "attention", "n": 32768, "dim": 128, "queries": length, "bits": bits}
-            yield case, {"packed": partial(sdpa, q, *codes, enable_gqa=True), **dense}
+            operands = [Packed(t.packed, t.scales, t.spec) for t in codes]
+            yield case, {"packed": partial(attention, q, *operands, impl="eager"), **dense}
 
 
 def codec_cases(device: str) -> Iterator[tuple[dict[str, Any], Calls]]:
@@ -70,11 +74,12 @@ def codec_cases(device: str) -> Iterator[tuple[dict[str, Any], Calls]]:
             yield (
                 {"op": "quantize", **case},
                 {
-                    "packed": partial(QuantTensor.quantize, x, spec),
+                    "packed": partial(quantize, x, spec, impl="eager"),
                     "copy": x.clone,
                 },
             )
-            yield {"op": "dequantize", **case}, {"packed": codes.dequantize, "copy": x.clone}
+            decode = partial(dequantize, codes.packed, codes.scales, spec, impl="eager")
+            yield {"op": "dequantize", **case}, {"packed": decode, "copy": x.clone}
 
 
 def main() -> None:

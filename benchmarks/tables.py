@@ -77,6 +77,29 @@ def eager_attention(name: str) -> str:
     return markdown(head, body) + f"\n{text}{_caption(name)}\n"
 
 
+def native_ops(name: str) -> str:
+    """Return the speed of the native library against dense torch."""
+    body = []
+    for row in load(name)["rows"]:
+        if row["op"] not in ("scores", "attention"):
+            continue
+        queries = f"{row['queries']} quer{'y' if row['queries'] == 1 else 'ies'}"
+        goal = f"{row['target']:g}x" if row.get("target") else ""
+        body.append(
+            [
+                f"{row['op']}, {row['n']:,} x {row['dim']}, {row['bits']} bits, {queries}",
+                row.get("precision") or "exact",
+                row["level"],
+                f"{row['packed_ms']:.2f} ms",
+                f"{row['ratio']:.2f}x",
+                goal,
+            ]
+        )
+    head = ["case", "precision", "level", "time", "against dense", "goal"]
+    text = "Dense is fp32 matmul for scores, bf16 SDPA with heads folded into rows for attention. "
+    return markdown(head, body) + f"\n{text}{_caption(name)}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
     "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
@@ -84,6 +107,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
     "eager_attention": lambda: eager_attention("eager_ops_cpu"),
     **{op: partial(op_table, op) for op in OPS},
+    "native_ops": lambda: native_ops("native_ops"),
     "decode_attention_goals": partial(op_table, "decode_attention", only_goals=True),
     "decode_step": decode_step_table,
     "decode_attention_plot": plots,
