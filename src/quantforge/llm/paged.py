@@ -11,11 +11,11 @@ from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.pages import PageLayout
 from quantforge.ops.pages import (
     key_pages,
-    pack_codes,
     read_key_pages,
     read_value_pages,
     value_pages,
 )
+from quantforge.ops.quantize.eager import pack_columns
 from quantforge.spec import QuantSpec
 from quantforge.tensor import QuantTensor
 
@@ -86,8 +86,9 @@ class PagedRows:
         """The same codes as rows: what every operator but decode attention reads."""
         spec, used = self.format.spec, -(-self.n // self.format.layout.tokens)
         codes, scales = self.format.read(self.pages[:, :used])
-        packed = codes.new_zeros((*codes.shape[:2], self.n, row_bytes(spec.dim, spec.bits)))
-        pack_codes(codes[:, :, : self.n], spec.bits, packed)
+        codes = codes[:, :, : self.n]
+        packed = codes.new_zeros((*codes.shape[:3], row_bytes(spec.dim, spec.bits)))
+        pack_columns(codes.flatten(0, 2).T, spec.bits, packed.flatten(0, 2))
         scales = scales[:, :, : self.n, None].contiguous()
         return QuantTensor._make(
             packed,

@@ -14,6 +14,7 @@ from quantforge.numerics.pages import (
     symbols,
 )
 from quantforge.ops.constants import cached_constant
+from quantforge.ops.tiles import unpack
 from quantforge.spec import QuantSpec
 
 
@@ -55,14 +56,7 @@ def _sources(length: int, bits: int, device: torch.device) -> tuple[torch.Tensor
 
 def codes_of(packed: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     """Unpack rows (..., row_bytes) of `numerics.packing` into codes (..., dim)."""
-    codes = packed.new_zeros((*packed.shape[:-1], dim))
-    for plane in planes(dim, bits):
-        data = packed[..., plane.offset : plane.offset + plane.stride]
-        for slot in range(plane.fields):
-            part = codes[..., slot * plane.stride : (slot + 1) * plane.stride]
-            field = (data >> (slot * plane.width)) & plane.mask
-            part |= field[..., : part.shape[-1]] << plane.shift
-    return codes
+    return unpack(packed, planes(dim, bits), dim)
 
 
 def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -153,13 +147,3 @@ def lookup_table(spec: QuantSpec, device: torch.device) -> torch.Tensor:
     low, high = (torch.nn.functional.pad(t, (0, 8 - len(t))) for t in (low, high))
     words = torch.cat([low, high]).contiguous().view(torch.int32)
     return words[:, None].expand(-1, 32).contiguous().to(device)
-
-
-def pack_codes(codes: torch.Tensor, bits: int, out: torch.Tensor) -> None:
-    """Invert `codes_of`: pack codes (..., dim) into rows; out (..., row_bytes) is zeroed."""
-    for plane in planes(codes.shape[-1], bits):
-        field = (codes >> plane.shift) & plane.mask
-        for slot in range(plane.fields):
-            part = field[..., slot * plane.stride : (slot + 1) * plane.stride]
-            target = out[..., plane.offset : plane.offset + part.shape[-1]]
-            target |= part << (slot * plane.width)

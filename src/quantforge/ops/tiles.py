@@ -68,7 +68,7 @@ class Decoder:
         if self.index_bytes == 2:
             return _aligned(base).view(torch.uint16).to(torch.int32)
         if self.index_bytes == 0:
-            return _unpack(rows, self.planes, self.dim).to(torch.int32)
+            return unpack(rows, self.planes, self.dim).to(torch.int32)
         index = base.to(torch.int32)
         shift = 8
         for plane in self.planes[1:]:
@@ -110,7 +110,7 @@ def _align_fields(data: torch.Tensor, plane: Plane, base: Plane) -> torch.Tensor
     return torch.cat([(data >> step) & mask for step in steps], dim=-1)
 
 
-def _unpack(rows: torch.Tensor, layout: tuple[Plane, ...], dim: int) -> torch.Tensor:
+def unpack(rows: torch.Tensor, layout: tuple[Plane, ...], dim: int) -> torch.Tensor:
     """Return the codes (..., dim) of rows, as `numerics.packing.unpack`."""
     codes = rows.new_zeros((*rows.shape[:-1], dim))
     for plane in layout:
