@@ -3,5 +3,13 @@
 from quantforge.llm.cache import QuantForgeCache
 from quantforge.llm.fidelity import Fidelity, fidelity
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.patch import patch_model, unpatch_model
 
-__all__ = ["CacheConfig", "Fidelity", "QuantForgeCache", "fidelity"]
+__all__ = [
+    "CacheConfig",
+    "Fidelity",
+    "QuantForgeCache",
+    "fidelity",
+    "patch_model",
+    "unpatch_model",
+]
