@@ -55,7 +55,7 @@ class PageFormat:
 
 @dataclass(frozen=True, eq=False)
 class PagedRows:
-    """The first n tokens of some pages.
+    """Some consecutive tokens of pages.
 
     Attributes:
         pages: (B, capacity, Hkv, bytes) uint8.
@@ -64,6 +64,7 @@ class PagedRows:
         shift: (..., 1, dim) or None.
         equalizer: likewise.
         dtype: what the vectors stand for.
+        first: the first token that counts; those before it have left a sliding window.
     """
 
     pages: torch.Tensor
@@ -72,24 +73,31 @@ class PagedRows:
     shift: torch.Tensor | None
     equalizer: torch.Tensor | None
     dtype: torch.dtype
+    first: int = 0
+
+    @property
+    def _used(self) -> slice:
+        """The pages that hold the tokens."""
+        tokens = self.format.layout.tokens
+        return slice(self.first // tokens, -(-(self.first + self.n) // tokens))
 
     @property
     def nbytes_packed(self) -> int:
         """Bytes of the pages that hold the tokens, and of the statistics."""
         batch, _, heads, width = self.pages.shape
-        used = batch * -(-self.n // self.format.layout.tokens) * heads * width
+        used = batch * (self._used.stop - self._used.start) * heads * width
         statistics = [t for t in (self.shift, self.equalizer) if t is not None]
         return used + sum(t.numel() * t.element_size() for t in statistics)
 
     @cached_property
     def rows(self) -> QuantTensor:
         """The same codes as rows: what every operator but decode attention reads."""
-        spec, used = self.format.spec, -(-self.n // self.format.layout.tokens)
-        codes, scales = self.format.read(self.pages[:, :used])
-        codes = codes[:, :, : self.n]
+        spec, start = self.format.spec, self.first % self.format.layout.tokens
+        codes, scales = self.format.read(self.pages[:, self._used])
+        codes = codes[:, :, start : start + self.n]
         packed = codes.new_zeros((*codes.shape[:3], row_bytes(spec.dim, spec.bits)))
         pack_columns(codes.flatten(0, 2).T, spec.bits, packed.flatten(0, 2))
-        scales = scales[:, :, : self.n, None].contiguous()
+        scales = scales[:, :, start : start + self.n, None].contiguous()
         return QuantTensor._make(
             packed,
             scales,

@@ -23,7 +23,7 @@ from quantforge.errors import UnsupportedError
 from quantforge.llm.paged import PagedRows
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.decode_attention import op as decode_op
-from quantforge.ops.merge import dense_attention, merge_partials
+from quantforge.ops.merge import Partial, dense_attention, merge_partials
 from quantforge.tensor import QuantTensor
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
@@ -219,19 +219,31 @@ def _attention(
         raise UnsupportedError("dropout belongs to training, which packed codes do not support")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = autocast(query)
-    if _is_fused(query, key, value, attn_mask):
-        return forward_only(lambda q: _fused(q, key, value, attn_mask, scale), query)
-    masks = (None, None) if attn_mask is None else key.split_rows(attn_mask)
+    if is_fused(query, key, value, attn_mask):
+        run = partial(attend_pages, key=key, value=value, mask=attn_mask, scale=scale)
+        return forward_only(lambda q: run(q)[0], query)
 
-    def run(q: torch.Tensor) -> torch.Tensor:
-        dense = (key.dense.to(q.dtype), value.dense.to(q.dtype))
-        recent = dense_attention(q, *dense, masks[0], scale)
-        history = attention_op.attention(
-            q, *_parts(key), *_parts(value), masks[1], False, scale, *_codes(key, value)
-        )
-        return merge_partials([recent, history]).to(q.dtype)
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return merge_partials(attend_rows(q, key, value, attn_mask, scale)).to(q.dtype)
 
-    return forward_only(run, query)
+    return forward_only(attend, query)
+
+
+def attend_rows(
+    query: torch.Tensor,
+    key: SegmentedTensor,
+    value: SegmentedTensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> list[Partial]:
+    """Attend to the dense and to the packed rows: two partial results to be merged."""
+    masks = (None, None) if mask is None else key.split_rows(mask)
+    dense = (key.dense.to(query.dtype), value.dense.to(query.dtype))
+    recent = dense_attention(query, *dense, masks[0], scale)
+    history = attention_op.attention(
+        query, *_parts(key), *_parts(value), masks[1], False, scale, *_codes(key, value)
+    )
+    return [recent, history]
 
 
 FUSED_ROWS = 64
@@ -239,7 +251,7 @@ FUSED_ROWS = 64
 them, is chosen over tiles of decoded history."""
 
 
-def _is_fused(
+def is_fused(
     query: torch.Tensor, key: SegmentedTensor, value: SegmentedTensor, mask: torch.Tensor | None
 ) -> bool:
     """Return whether decode attention over pages can do this."""
@@ -252,31 +264,38 @@ def _is_fused(
     return rows <= FUSED_ROWS and query.dtype == key.dense.dtype and plain
 
 
-def _fused(
+def attend_pages(
     query: torch.Tensor,
     key: SegmentedTensor,
     value: SegmentedTensor,
     mask: torch.Tensor | None,
     scale: float,
-) -> torch.Tensor:
+    softcap: float = 0.0,
+) -> Partial:
+    """Attend to all rows in one fused operator, where `is_fused` allows it."""
     k, v = key.source, value.source
-    assert isinstance(k, PagedRows), "checked by _is_fused"
-    assert isinstance(v, PagedRows), "checked by _is_fused"
+    assert isinstance(k, PagedRows), "checked by is_fused"
+    assert isinstance(v, PagedRows), "checked by is_fused"
     if query.stride(-1) != 1:
         query = query.contiguous()
+    starts = None
+    if k.first:  # the operator counts positions, and columns of the mask, from the first page
+        starts = torch.full((len(query),), k.first, dtype=torch.int32, device=query.device)
+        mask = None if mask is None else F.pad(mask, (k.first, 0))
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-    return decode_op.decode_attention(
+    out, lse = decode_op.decode_attention(
         query,
         k.pages.flatten(0, 1),
         v.pages.flatten(0, 1),
-        *(None, None, k.n, None),
+        *(None, None, k.first + k.n, starts),
         *(key.dense, value.dense, None, key.dense.shape[2], key.n_sinks),
         *(mask, False),
         *(k.shift, k.equalizer, v.shift, v.equalizer),
-        *(scale, 0.0, 0),
+        *(scale, softcap, 0),
         *(k.format.spec.key, v.format.spec.key),
-    )[0]
+    )
+    return out, lse
 
 
 def _parts(x: SegmentedTensor) -> tuple[torch.Tensor | None, ...]:

@@ -192,19 +192,21 @@ class Store:
         """Return all rows held, or None before the first."""
         return None if self.dense is None else self._view_of(self.dense[:, :, : self.n_dense])
 
-    def _view_of(self, dense: torch.Tensor) -> torch.Tensor | SegmentedTensor:
-        if self.n_packed == 0:
+    def _view_of(self, dense: torch.Tensor, first: int = 0) -> torch.Tensor | SegmentedTensor:
+        """Return the packed rows from the first one on, and the dense ones."""
+        n = self.n_packed - first
+        if n == 0:
             return dense
         assert self.packed is not None, "packed rows are counted where they are stored"
         if self.pages is not None:
             paged = PagedRows(
-                self.packed, self.n_packed, self.pages, self.shift, self.equalizer, dense.dtype
+                self.packed, n, self.pages, self.shift, self.equalizer, dense.dtype, first
             )
             return SegmentedTensor(dense, paged, self._n_sinks)
         assert self.scales is not None, "rows have their scales beside them"
         packed = QuantTensor._make(
-            self.packed[:, :, : self.n_packed],
-            self.scales[:, :, : self.n_packed],
+            self.packed[:, :, first : self.n_packed],
+            self.scales[:, :, first : self.n_packed],
             self.shift,
             self.equalizer,
             (self.spec.key, self.spec.dim, dense.dtype, 1, False, "torch"),
