@@ -6,18 +6,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from quantforge.ops.decode_attention.tiles import online, soft_cap
+from quantforge.ops.decode_attention.tiles import nothing, online, soft_cap
 
 
 @gluon.jit
 def dense_rows(
-    query, key, value, first, n_dense, n_tokens, n_sinks, rows, q_len,
-    last_seen, visible_from, mask_row, softcap, scale, query_h, query_q, key_n, value_n,
-    m, mass, acc, group,
+    query, key, value, first_unit, last_unit, n_dense, n_tokens, n_sinks, rows, q_len,
+    last_seen, visible_from, mask_row, softcap, scale, query_h, query_q, key_n, value_n, group,
     D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, SOFTCAP: gl.constexpr, VC: gl.constexpr,
     MMA: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """Attend to DENSE rows of sinks and recent tokens, in the model's dtype."""
+    """Attend to units of DENSE rows of sinks and recent tokens, in the model's dtype."""
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -27,6 +26,7 @@ def dense_rows(
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VC, VC // 8], [1, 1], [1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, VC // 8, [1, 0])
     dtype: gl.constexpr = key.dtype.element_ty
+    m, mass, acc = nothing(N, DV // VC, VC, MMA)
     d = gl.arange(0, D, gl.SliceLayout(1, QUERY))
     row = group * N + gl.arange(0, N, gl.SliceLayout(0, QUERY))
     q_at = query + row // q_len * query_h + row % q_len * query_q
@@ -34,41 +34,43 @@ def dense_rows(
     values = gl.allocate_shared_memory(dtype, [DENSE // 16 * (DV // VC), 16, VC], SHARED)
     copy_row = gl.arange(0, 16, gl.SliceLayout(1, COPY))
     copy_column = gl.arange(0, VC, gl.SliceLayout(0, COPY))
-    for tile in gl.static_range(DENSE // 16):  # everything is on its way before anything is used
-        r = first + tile * 16 + copy_row
-        for i in gl.static_range(DV // VC):
-            v_at = value + r[:, None].to(gl.int64) * value_n + (i * VC + copy_column)[None, :]
-            buffer = values.index(tile * (DV // VC) + i)
-            async_copy.async_copy_global_to_shared(buffer, v_at, mask=(r < n_dense)[:, None])
-    async_copy.commit_group()
     k_row = gl.arange(0, 16, gl.SliceLayout(1, KEY))
     k_column = gl.arange(0, D, gl.SliceLayout(0, KEY))
-    keys = ()
-    for tile in gl.static_range(DENSE // 16):
-        r = first + tile * 16 + k_row
-        k_at = key + r[:, None].to(gl.int64) * key_n + k_column[None, :]
-        keys = keys + (gl.load(k_at, mask=(r < n_dense)[:, None], other=0.0),)
-    scores = ()
-    for tile in gl.static_range(DENSE // 16):
-        s = mma_v2(keys[tile], q, gl.zeros((16, N), gl.float32, MMA)) * scale
-        if SOFTCAP:
-            s = soft_cap(s, softcap)
-        t = first + tile * 16 + gl.arange(0, 16, ROW)
-        place = gl.where(t < n_sinks, t, t + n_tokens)[:, None]
-        seen = (place >= visible_from[None, :]) & (place <= last_seen[None, :])
-        seen = seen & (t < n_dense)[:, None]
-        if mask_row is not None:
-            seen = seen & (gl.load(mask_row[None, :] + place, mask=seen, other=0) != 0)
-        scores = scores + (gl.where(seen, s, float("-inf")),)
-    m, mass, acc = online(scores, m, mass, acc, DENSE // 16, DV // VC)
-    async_copy.wait_group(0)
-    for tile in gl.static_range(DENSE // 16):
-        weight = gl.exp2(scores[tile] - m[None, :])
-        mass = mass + weight
-        w = gl.convert_layout(weight.to(dtype), B)
-        new = ()
-        for i in gl.static_range(DV // VC):
-            v = values.index(tile * (DV // VC) + i).permute((1, 0)).load(A)
-            new = new + (mma_v2(v, w, acc[i]),)
-        acc = new
+    for unit in range(first_unit, last_unit):
+        first = unit * DENSE
+        for tile in gl.static_range(DENSE // 16):  # all is on its way before anything is used
+            r = first + tile * 16 + copy_row
+            for i in gl.static_range(DV // VC):
+                v_at = value + r[:, None].to(gl.int64) * value_n + (i * VC + copy_column)[None, :]
+                buffer = values.index(tile * (DV // VC) + i)
+                async_copy.async_copy_global_to_shared(buffer, v_at, mask=(r < n_dense)[:, None])
+        async_copy.commit_group()
+        keys = ()
+        for tile in gl.static_range(DENSE // 16):
+            r = first + tile * 16 + k_row
+            k_at = key + r[:, None].to(gl.int64) * key_n + k_column[None, :]
+            keys = keys + (gl.load(k_at, mask=(r < n_dense)[:, None], other=0.0),)
+        scores = ()
+        for tile in gl.static_range(DENSE // 16):
+            s = mma_v2(keys[tile], q, gl.zeros((16, N), gl.float32, MMA)) * scale
+            if SOFTCAP:
+                s = soft_cap(s, softcap)
+            t = first + tile * 16 + gl.arange(0, 16, ROW)
+            place = gl.where(t < n_sinks, t, t + n_tokens)[:, None]
+            seen = (place >= visible_from[None, :]) & (place <= last_seen[None, :])
+            seen = seen & (t < n_dense)[:, None]
+            if mask_row is not None:
+                seen = seen & (gl.load(mask_row[None, :] + place, mask=seen, other=0) != 0)
+            scores = scores + (gl.where(seen, s, float("-inf")),)
+        m, mass, acc = online(scores, m, mass, acc, DENSE // 16, DV // VC)
+        async_copy.wait_group(0)
+        for tile in gl.static_range(DENSE // 16):
+            weight = gl.exp2(scores[tile] - m[None, :])
+            mass = mass + weight
+            w = gl.convert_layout(weight.to(dtype), B)
+            new = ()
+            for i in gl.static_range(DV // VC):
+                v = values.index(tile * (DV // VC) + i).permute((1, 0)).load(A)
+                new = new + (mma_v2(v, w, acc[i]),)
+            acc = new
     return m, mass, acc

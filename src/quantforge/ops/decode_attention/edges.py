@@ -76,74 +76,87 @@ def project_kernel(
 
 
 @triton.jit
-def _split_logits(lse, shift_logits, head, splits, dense_splits, rows, row, split):
-    """Return log2-sum-exps (ROWS, SPLITS) of query rows, the key shift's logits included."""
-    at = lse + (head.to(tl.int64) * splits + split[None, :]) * rows + row[:, None]
-    inside = (row < rows)[:, None] & (split < splits)[None, :]
+def _slot_logits(lse, shift_logits, head, slots, dense_slots, rows, row, slot):
+    """Return log2-sum-exps (ROWS, slots) of query rows, the key shift's logits included."""
+    at = lse + (head.to(tl.int64) * slots + slot[None, :]) * rows + row[:, None]
+    inside = (row < rows)[:, None] & (slot < slots)[None, :]
     logits = tl.load(at, mask=inside, other=float("-inf"))
     if shift_logits is not None:
         shifted = tl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
-        logits += tl.where((split >= dense_splits)[None, :], shifted[:, None], 0.0)
+        logits += tl.where((slot >= dense_slots)[None, :], shifted[:, None], 0.0)
     return logits
 
 
-@triton.jit(do_not_specialize=["splits", "dense_splits", "rows"])
+@triton.jit
+def _outputs(base, slots, rows, row, d, slot, DV: tl.constexpr):
+    """Return outputs (ROWS, CHUNK, DV) of some slots; unwritten ones are anything."""
+    at = base + (slot[None, :, None] * rows + row[:, None, None]) * DV + d[None, None, :]
+    inside = (row < rows)[:, None] & (slot < slots)[None, :]
+    return tl.load(at, mask=inside[:, :, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["slots", "dense_slots", "rows"])
 def merge_kernel(
     partial, lse, shift_logits, matrix, equalizer, shift, out, out_lse,
-    splits, dense_splits, rows, unit,
+    slots, dense_slots, rows, unit,
     eq_b, eq_h, shift_b, shift_h,
     HKV: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of some query rows, and bring what the packed ones saw back to channels.
+    """Merge what the splits of some query rows saw, and bring the packed part back to channels.
 
     `out = equalizer * R^T (sum of packed) + shift * (weight of packed) + sum of dense`; a key shift
     adds its logit to the packed log-sum-exps (arXiv 2205.14135, section 3.1, for the merge).
-    Grid: (rows / ROWS, B * Hkv). R is `unit * matrix`.
+    Grid: (rows / ROWS, B * Hkv). R is `unit * matrix`. A launch this short is all latency: what
+    does not depend on the launch before is read while it ends, outputs before their weights.
     """
     head = tl.program_id(1)
     b = head // HKV
     h = head % HKV
     d = tl.arange(0, DV)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    r = tl.load(matrix + d[:, None] * DV + d[None, :])  # (rotated channel, channel)
+    gain = 1.0
+    if equalizer is not None:
+        gain = tl.load(equalizer + b * eq_b + h * eq_h + d).to(tl.float32)[None, :]
+    centre = 0.0
+    if shift is not None:
+        centre = tl.load(shift + b * shift_b + h * shift_h + d).to(tl.float32)[None, :]
     if PDL:
         _dependency(_WAIT)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLITS)
-    logits = _split_logits(lse, shift_logits, head, splits, dense_splits, rows, row, split)
+    base = partial + head.to(tl.int64) * slots * rows * DV
+    chunk = tl.arange(0, CHUNK)
+    x = _outputs(base, slots, rows, row, d, chunk, DV)
+    slot = tl.arange(0, SPLITS)
+    logits = _slot_logits(lse, shift_logits, head, slots, dense_slots, rows, row, slot)
     peak = tl.max(logits, 1)
     anchor = tl.where(peak == float("-inf"), 0.0, peak)
     weights = tl.exp2(logits - anchor[:, None])
     mass = tl.sum(weights, 1)  # (ROWS,)
-    packed_mass = tl.sum(tl.where((split >= dense_splits)[None, :], weights, 0.0), 1)
+    packed_mass = tl.sum(tl.where((slot >= dense_slots)[None, :], weights, 0.0), 1)
     inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
-    inside = row < rows
-    base = partial + head.to(tl.int64) * splits * rows * DV
     packed = tl.zeros((ROWS, DV), tl.float32)
     dense = tl.zeros((ROWS, DV), tl.float32)
-    for start in range(0, splits, CHUNK):
-        s = start + tl.arange(0, CHUNK)
-        at = base + (s[None, :, None] * rows + row[:, None, None]) * DV + d[None, None, :]
-        there = inside[:, None] & (s < splits)[None, :]
-        x = tl.load(at, mask=there[:, :, None], other=0.0)  # (ROWS, CHUNK, DV)
-        w = _split_logits(lse, shift_logits, head, splits, dense_splits, rows, row, s)
-        w = tl.exp2(w - anchor[:, None]) * inverse[:, None]  # (ROWS, CHUNK)
-        x = tl.where((w > 0)[:, :, None], x, 0.0)  # a split that saw nothing was not written
-        is_packed = (s >= dense_splits)[None, :]
+    for start in range(0, slots, CHUNK):
+        s = start + chunk
+        if SPLITS == CHUNK:
+            w = weights * inverse[:, None]
+        else:
+            w = _slot_logits(lse, shift_logits, head, slots, dense_slots, rows, row, s)
+            w = tl.exp2(w - anchor[:, None]) * inverse[:, None]  # (ROWS, CHUNK)
+        x = tl.where((w > 0)[:, :, None], x, 0.0)  # a slot that saw nothing was not written
+        is_packed = (s >= dense_slots)[None, :]
         packed += tl.sum(x * tl.where(is_packed, w, 0.0)[:, :, None], 1)
-        if start < dense_splits:
+        if start < dense_slots:
             dense += tl.sum(x * tl.where(is_packed, 0.0, w)[:, :, None], 1)
-    r = tl.load(matrix + d[:, None] * DV + d[None, :])  # (rotated channel, channel)
+        if SPLITS > CHUNK:
+            x = _outputs(base, slots, rows, row, d, s + CHUNK, DV)
     # a tensor core wants 16 rows: fewer are repeated
     COPIES: tl.constexpr = 16 // ROWS
     wide = tl.broadcast_to((packed * unit)[None, :, :], (COPIES, ROWS, DV))
     turned = tl.reshape(_rotate(tl.reshape(wide, (16, DV)), r), (COPIES, ROWS, DV))
-    x = tl.sum(turned, 0) * (1.0 / COPIES)
-    if equalizer is not None:
-        x = x * tl.load(equalizer + b * eq_b + h * eq_h + d).to(tl.float32)[None, :]
-    if shift is not None:
-        centre = tl.load(shift + b * shift_b + h * shift_h + d).to(tl.float32)
-        x = x + (packed_mass * inverse)[:, None] * centre[None, :]
+    x = tl.sum(turned, 0) * (1.0 / COPIES) * gain + (packed_mass * inverse)[:, None] * centre
     # out is (B, Hq, q, DV): the rows of a head are its query heads, and their queries
     target = out + (head.to(tl.int64) * rows + row[:, None]) * DV + d[None, :]
-    tl.store(target, (x + dense).to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(out_lse + head * rows + row, (peak + tl.log2(mass)) * LN2, mask=inside)
+    tl.store(target, (x + dense).to(out.dtype.element_ty), mask=(row < rows)[:, None])
+    tl.store(out_lse + head * rows + row, (peak + tl.log2(mass)) * LN2, mask=row < rows)

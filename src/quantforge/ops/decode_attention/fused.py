@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from quantforge.ops.decode_attention.dense import dense_rows
 from quantforge.ops.decode_attention.tiles import (
-    LOWEST,
     RELEASE,
     WAIT,
     as_operand,
@@ -28,11 +27,13 @@ from quantforge.ops.decode_attention.tiles import (
     dependency,
     fold,
     load_table,
+    nothing,
     online,
     scales,
     soft_cap,
     stack,
     token_of_row,
+    write,
 )
 
 # a change of these must not compile the kernel again
@@ -41,8 +42,8 @@ LENGTHS = [
     "n_dense",
     "n_sinks",
     "window",
-    "dense_splits",
-    "pages_per_split",
+    "dense_slots",
+    "units_per_split",
     "pages_per_row",
     "rows",
     "q_len",
@@ -54,7 +55,7 @@ LENGTHS = [
 def decode_kernel(
     projected, query_scale, shift_logits, query, k_pages, v_pages, k_table, v_table,
     page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, out, lse,
-    n_tokens, n_dense, n_sinks, window, dense_splits, pages_per_split, pages_per_row, rows,
+    n_tokens, n_dense, n_sinks, window, dense_slots, units_per_split, pages_per_row, rows,
     q_len, row_block, softcap, dense_scale,
     query_b, query_h, query_q, kd_b, kd_h, kd_n, vd_b, vd_h, vd_n, mask_b, mask_h, mask_q,
     HKV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
@@ -67,9 +68,12 @@ def decode_kernel(
 ):  # fmt: skip
     """Attend N query rows of one key head to one range of keys.
 
-    Grid: (groups of N rows, splits, B * Hkv); the first `dense_splits` are dense rows, DENSE each.
-    Writes normalized outputs (B * Hkv, splits, rows, DV) and log2-sum-exps; a split without a
-    visible key writes only a log-sum-exp of -inf.
+    A row of the batch is a sequence of units: DENSE dense rows each, then pages. A program takes
+    `units_per_split` of them.
+
+    Grid: (groups of N rows, splits, B * Hkv). Writes normalized outputs (B * Hkv, slots, rows, DV)
+    and log2-sum-exps: the first `dense_slots` are what the first programs saw of dense rows, the
+    others what each saw of pages. Where nothing was visible only a log-sum-exp of -inf is written.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
@@ -100,237 +104,227 @@ def decode_kernel(
     if mask is not None:
         query_head = head % HKV * (rows // q_len) + gl.minimum(row, rows - 1) // q_len
         mask_row = mask + b.to(gl.int64) * mask_b + query_head * mask_h + row % q_len * mask_q
-    acc = ()
-    for _ in gl.static_range(DV // VC):
-        acc = acc + (gl.zeros((VC, N), gl.float32, MMA),)
-    m = gl.full((N,), LOWEST, gl.float32, COL)
-    mass = gl.zeros((16, N), gl.float32, MMA)
+    kv_head = head % HKV
+    slots = dense_slots + gl.num_programs(1)
+    unit = split * units_per_split  # first one of this program
+    dense_units = (n_dense + DENSE - 1) // DENSE
+    if HAS_DENSE and split < dense_slots:
+        m, mass, acc = dense_rows(
+            query + b * query_b + kv_head * (rows // q_len) * query_h,
+            k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
+            v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
+            unit, gl.minimum(unit + units_per_split, dense_units),
+            n_dense, n_tokens, n_sinks, rows, q_len, last_seen, visible_from, mask_row,
+            softcap, dense_scale, query_h, query_q, kd_n, vd_n, group,
+            D, DV, N, SOFTCAP, VC, MMA, DENSE,
+        )  # fmt: skip
+        at = (head * slots + split).to(gl.int64) * rows + row
+        write(out, lse, at, row < rows, m, mass, acc, DV, VC, ROW)
 
-    if split >= dense_splits:
-        KP: gl.constexpr = 2 if K_BITS == 4 else 4
-        VP: gl.constexpr = 2 if V_BITS == 4 else 4
-        KW: gl.constexpr = D // KP  # bytes of plane 0 of a key
-        VW: gl.constexpr = T // VP  # bytes of plane 0 of a channel of values
-        TP: gl.constexpr = T // VP  # tokens of a part
-        K_AT: gl.constexpr = T * D * K_BITS // 8
-        V_AT: gl.constexpr = T * DV * V_BITS // 8
-        A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-        B: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-        first = (split - dense_splits) * pages_per_split
-        last = gl.minimum(first + pages_per_split, (n_tokens + T - 1) // T)
-        if start > n_sinks:  # pages that no row can see
-            first = gl.maximum(first, (start - n_sinks) // T)
-        if WINDOW:
-            lowest = n_tokens + n_dense - q_len - window + 1
-            first = gl.maximum(first, (lowest - n_sinks) // T)
-        if first < last:
-            K_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [512 // KW, KW // 16], [1, 1], [1, 0])
-            V_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [512 // VW, VW // 16], [1, 1], [1, 0])
-            COPY1: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
-            S_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // T * 8, T // 64], [1, 1], [1, 0])
-            K_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 128 // KW, KW // 16, [1, 0])
-            V_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 128 // VW, VW // 16, [1, 0])
-            SHARED1: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
-            S_SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
-            k_codes = load_table(k_table, K_E4M3, LOAD)
-            v_codes = k_codes
-            if v_table is not None:
-                v_codes = load_table(v_table, V_E4M3, LOAD)
-            r = gl.arange(0, T, gl.SliceLayout(1, K_COPY))
-            c = gl.arange(0, KW, gl.SliceLayout(0, K_COPY))
+    m, mass, acc = nothing(N, DV // VC, VC, MMA)
+    KP: gl.constexpr = 2 if K_BITS == 4 else 4
+    VP: gl.constexpr = 2 if V_BITS == 4 else 4
+    KW: gl.constexpr = D // KP  # bytes of plane 0 of a key
+    VW: gl.constexpr = T // VP  # bytes of plane 0 of a channel of values
+    TP: gl.constexpr = T // VP  # tokens of a part
+    K_AT: gl.constexpr = T * D * K_BITS // 8
+    V_AT: gl.constexpr = T * DV * V_BITS // 8
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
+    first = gl.maximum(unit - dense_units, 0)
+    last = gl.minimum(unit + units_per_split - dense_units, (n_tokens + T - 1) // T)
+    if start > n_sinks:  # pages that no row can see
+        first = gl.maximum(first, (start - n_sinks) // T)
+    if WINDOW:
+        lowest = n_tokens + n_dense - q_len - window + 1
+        first = gl.maximum(first, (lowest - n_sinks) // T)
+    if first < last:
+        K_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [512 // KW, KW // 16], [1, 1], [1, 0])
+        V_COPY: gl.constexpr = gl.BlockedLayout([1, 16], [512 // VW, VW // 16], [1, 1], [1, 0])
+        COPY1: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [1, 1], [1, 0])
+        S_COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // T * 8, T // 64], [1, 1], [1, 0])
+        K_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 128 // KW, KW // 16, [1, 0])
+        V_SHARED: gl.constexpr = gl.SwizzledSharedLayout(16, 128 // VW, VW // 16, [1, 0])
+        SHARED1: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 1, [1, 0])
+        S_SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+        k_codes = load_table(k_table, K_E4M3, LOAD)
+        v_codes = k_codes
+        if v_table is not None:
+            v_codes = load_table(v_table, V_E4M3, LOAD)
+        r = gl.arange(0, T, gl.SliceLayout(1, K_COPY))
+        c = gl.arange(0, KW, gl.SliceLayout(0, K_COPY))
+        token = token_of_row(r)
+        k_offsets = token[:, None] * KW + c[None, :]
+        r = gl.arange(0, DV, gl.SliceLayout(1, V_COPY))
+        c = gl.arange(0, VW, gl.SliceLayout(0, V_COPY))
+        v_offsets = r[:, None] * VW + c[None, :]
+        r = gl.arange(0, 8, gl.SliceLayout(1, S_COPY))
+        c = gl.arange(0, T // 8, gl.SliceLayout(0, S_COPY))
+        s_offsets = r[:, None] * (T // 8) + c[None, :]
+        k_shared = gl.allocate_shared_memory(gl.uint8, [T, KW], K_SHARED)
+        v_shared = gl.allocate_shared_memory(gl.uint8, [DV, VW], V_SHARED)
+        k_scales = gl.allocate_shared_memory(gl.float16, [8, T // 8], S_SHARED)
+        v_scales = gl.allocate_shared_memory(gl.float16, [8, T // 8], S_SHARED)
+        k_shared1 = k_shared
+        v_shared1 = v_shared
+        k_offsets1 = k_offsets
+        v_offsets1 = v_offsets
+        if K_BITS == 3:
+            r = gl.arange(0, T, gl.SliceLayout(1, COPY1))
+            c = gl.arange(0, 16, gl.SliceLayout(0, COPY1))
             token = token_of_row(r)
-            k_offsets = token[:, None] * KW + c[None, :]
-            r = gl.arange(0, DV, gl.SliceLayout(1, V_COPY))
-            c = gl.arange(0, VW, gl.SliceLayout(0, V_COPY))
-            v_offsets = r[:, None] * VW + c[None, :]
-            r = gl.arange(0, 8, gl.SliceLayout(1, S_COPY))
-            c = gl.arange(0, T // 8, gl.SliceLayout(0, S_COPY))
-            s_offsets = r[:, None] * (T // 8) + c[None, :]
-            k_shared = gl.allocate_shared_memory(gl.uint8, [T, KW], K_SHARED)
-            v_shared = gl.allocate_shared_memory(gl.uint8, [DV, VW], V_SHARED)
-            k_scales = gl.allocate_shared_memory(gl.float16, [8, T // 8], S_SHARED)
-            v_scales = gl.allocate_shared_memory(gl.float16, [8, T // 8], S_SHARED)
-            k_shared1 = k_shared
-            v_shared1 = v_shared
-            k_offsets1 = k_offsets
-            v_offsets1 = v_offsets
-            if K_BITS == 3:
-                r = gl.arange(0, T, gl.SliceLayout(1, COPY1))
-                c = gl.arange(0, 16, gl.SliceLayout(0, COPY1))
-                token = token_of_row(r)
-                k_offsets1 = T * KW + (token[:, None] * 16 + c[None, :])
-                k_shared1 = gl.allocate_shared_memory(gl.uint8, [T, 16], SHARED1)
-            if V_BITS == 3:
-                r = gl.arange(0, DV, gl.SliceLayout(1, COPY1))
-                c = gl.arange(0, 16, gl.SliceLayout(0, COPY1))
-                v_offsets1 = DV * VW + (r[:, None] * 16 + c[None, :])
-                v_shared1 = gl.allocate_shared_memory(gl.uint8, [DV, 16], SHARED1)
+            k_offsets1 = T * KW + (token[:, None] * 16 + c[None, :])
+            k_shared1 = gl.allocate_shared_memory(gl.uint8, [T, 16], SHARED1)
+        if V_BITS == 3:
+            r = gl.arange(0, DV, gl.SliceLayout(1, COPY1))
+            c = gl.arange(0, 16, gl.SliceLayout(0, COPY1))
+            v_offsets1 = DV * VW + (r[:, None] * 16 + c[None, :])
+            v_shared1 = gl.allocate_shared_memory(gl.uint8, [DV, 16], SHARED1)
 
-            K_BYTES: gl.constexpr = K_AT + 2 * T
-            V_BYTES: gl.constexpr = V_AT + 2 * T
-            kv_head = head % HKV
-            page = (b * pages_per_row + first).to(gl.int64)
+        K_BYTES: gl.constexpr = K_AT + 2 * T
+        V_BYTES: gl.constexpr = V_AT + 2 * T
+        page = (b * pages_per_row + first).to(gl.int64)
+        if page_table is not None:
+            page = gl.load(page_table + page).to(gl.int64)
+        k_page = k_pages + (page * HKV + kv_head) * K_BYTES
+        v_page = v_pages + (page * HKV + kv_head) * V_BYTES
+        copy_page(
+            k_shared, k_shared1, k_scales, k_page, k_offsets, k_offsets1, s_offsets,
+            first < last, K_AT, K_BITS,
+        )  # fmt: skip
+        copy_page(
+            v_shared, v_shared1, v_scales, v_page, v_offsets, v_offsets1, s_offsets,
+            first < last, V_AT, V_BITS,
+        )  # fmt: skip
+        if PDL:  # pages do not depend on the launch before, the query does
+            dependency(WAIT)
+            dependency(RELEASE)
+        d = gl.arange(0, KW, gl.SliceLayout(1, B))
+        column = gl.arange(0, N, gl.SliceLayout(0, B))
+        at = projected + (head.to(gl.int64) * row_block + group * N) * D
+        at = at + column[None, :] * D + d[:, None]
+        q = ()
+        for i in gl.static_range(KP):
+            q = q + (gl.load(at + i * KW),)
+        q_scale = gl.load(query_scale + head * (row_block // 16) + group * N // 16)
+        shifted = gl.zeros((N,), gl.float32, COL)
+        if SOFTCAP and shift_logits is not None:
+            shifted = gl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
+
+        for p in range(first, last):
+            more = p + 1 < last
+            page = (b * pages_per_row + gl.minimum(p + 1, last - 1)).to(gl.int64)
             if page_table is not None:
                 page = gl.load(page_table + page).to(gl.int64)
-            k_page = k_pages + (page * HKV + kv_head) * K_BYTES
-            v_page = v_pages + (page * HKV + kv_head) * V_BYTES
-            copy_page(
-                k_shared, k_shared1, k_scales, k_page, k_offsets, k_offsets1, s_offsets,
-                first < last, K_AT, K_BITS,
-            )  # fmt: skip
-            copy_page(
-                v_shared, v_shared1, v_scales, v_page, v_offsets, v_offsets1, s_offsets,
-                first < last, V_AT, V_BITS,
-            )  # fmt: skip
-            if PDL:  # pages do not depend on the launch before, the query does
-                dependency(WAIT)
-            d = gl.arange(0, KW, gl.SliceLayout(1, B))
-            column = gl.arange(0, N, gl.SliceLayout(0, B))
-            at = projected + (head.to(gl.int64) * row_block + group * N) * D
-            at = at + column[None, :] * D + d[:, None]
-            q = ()
-            for i in gl.static_range(KP):
-                q = q + (gl.load(at + i * KW),)
-            unit = gl.load(query_scale + head * (row_block // 16) + group * N // 16)
-            shifted = gl.zeros((N,), gl.float32, COL)
-            if SOFTCAP and shift_logits is not None:
-                shifted = gl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
-
-            for p in range(first, last):
-                more = p + 1 < last
-                page = (b * pages_per_row + gl.minimum(p + 1, last - 1)).to(gl.int64)
-                if page_table is not None:
-                    page = gl.load(page_table + page).to(gl.int64)
-                async_copy.wait_group(1)
-                ks = scales(k_scales, T, VP, SCALES, ROW)
-                s = ()
-                for i in gl.static_range(VP):
-                    tiles = ()
-                    for h in gl.static_range(TP // 16):
-                        k = decode(
-                            k_shared,
-                            k_shared1,
-                            i * TP + h * 16,
-                            k_codes,
-                            16,
-                            K_BITS,
-                            A,
-                            K_PLANE1,
-                            K_PTX,
-                            K_OPERANDS,
-                            HALVE,
-                        )
-                        x = gl.zeros((16, N), gl.float32, MMA)
-                        for j in gl.static_range(KP):
-                            x = mma_v2(k[j], q[j], x)
-                        tiles = tiles + (x,)
-                    x = stack(tiles, TP // 16, MMA) * (ks[i].to(gl.float32) * unit)[:, None]
-                    if SOFTCAP:
-                        x = soft_cap(x + shifted[None, :], softcap)
-                    s = s + (x,)
-                k_page = k_pages + (page * HKV + kv_head) * K_BYTES
-                copy_page(
-                    k_shared,
-                    k_shared1,
-                    k_scales,
-                    k_page,
-                    k_offsets,
-                    k_offsets1,
-                    s_offsets,
-                    more,
-                    K_AT,
-                    K_BITS,
-                )
-                # a page at the end of the row or of somebody's view
-                hidden = (p + 1) * T > n_tokens
-                if mask is not None:
-                    hidden = True
-                if starts is not None:
-                    hidden = hidden | (n_sinks + p * T < start)
-                if WINDOW:
-                    hidden = hidden | (n_sinks + p * T < n_tokens + n_dense - window)
-                if hidden:
-                    # opaque, or the masks are computed for every page before the branch
-                    first_token = gl.inline_asm_elementwise(
-                        "mov.b32 $0, $1;", "=r,r", [p * T], dtype=gl.int32, is_pure=False, pack=1
-                    )
-                    masked = ()
-                    for i in gl.static_range(VP):
-                        t = gl.arange(0, TP, ROW)
-                        t = token_of_row(t)
-                        t = first_token + i * TP + t
-                        place = n_sinks + t[:, None]
-                        seen = (t < n_tokens)[:, None] & (place >= visible_from[None, :])
-                        if mask is not None:
-                            seen = seen & (
-                                gl.load(mask_row[None, :] + place, mask=seen, other=0) != 0
-                            )
-                        masked = masked + (gl.where(seen, s[i], float("-inf")),)
-                    s = masked
-                m, mass, acc = online(s, m, mass, acc, VP, DV // VC)
-                async_copy.wait_group(1)
-                vs = scales(v_scales, T, VP, SCALES, ROW)
-                w = ()
-                for i in gl.static_range(VP):
-                    weight = gl.exp2(s[i] - m[None, :])
-                    mass = mass + fold(weight, MMA)
-                    w = w + (as_operand(weight.to(gl.float16) * vs[i][:, None], MMA),)
-                new = ()
-                for i in gl.static_range(DV // VC):
-                    v = decode(
-                        v_shared,
-                        v_shared1,
-                        i * VC,
-                        v_codes,
-                        VC,
-                        V_BITS,
+            async_copy.wait_group(1)
+            ks = scales(k_scales, T, VP, SCALES, ROW)
+            s = ()
+            for i in gl.static_range(VP):
+                tiles = ()
+                for h in gl.static_range(TP // 16):
+                    k = decode(
+                        k_shared,
+                        k_shared1,
+                        i * TP + h * 16,
+                        k_codes,
+                        16,
+                        K_BITS,
                         A,
-                        V_PLANE1,
-                        V_PTX,
-                        V_OPERANDS,
+                        K_PLANE1,
+                        K_PTX,
+                        K_OPERANDS,
                         HALVE,
                     )
-                    x = acc[i]
-                    for j in gl.static_range(VP):
-                        x = mma_v2(v[j], w[j], x)
-                    new = new + (x,)
-                acc = new
-                v_page = v_pages + (page * HKV + kv_head) * V_BYTES
-                copy_page(
+                    x = gl.zeros((16, N), gl.float32, MMA)
+                    for j in gl.static_range(KP):
+                        x = mma_v2(k[j], q[j], x)
+                    tiles = tiles + (x,)
+                x = stack(tiles, TP // 16, MMA) * (ks[i].to(gl.float32) * q_scale)[:, None]
+                if SOFTCAP:
+                    x = soft_cap(x + shifted[None, :], softcap)
+                s = s + (x,)
+            k_page = k_pages + (page * HKV + kv_head) * K_BYTES
+            copy_page(
+                k_shared,
+                k_shared1,
+                k_scales,
+                k_page,
+                k_offsets,
+                k_offsets1,
+                s_offsets,
+                more,
+                K_AT,
+                K_BITS,
+            )
+            # a page at the end of the row or of somebody's view
+            hidden = (p + 1) * T > n_tokens
+            if mask is not None:
+                hidden = True
+            if starts is not None:
+                hidden = hidden | (n_sinks + p * T < start)
+            if WINDOW:
+                hidden = hidden | (n_sinks + p * T < n_tokens + n_dense - window)
+            if hidden:
+                # opaque, or the masks are computed for every page before the branch
+                first_token = gl.inline_asm_elementwise(
+                    "mov.b32 $0, $1;", "=r,r", [p * T], dtype=gl.int32, is_pure=False, pack=1
+                )
+                masked = ()
+                for i in gl.static_range(VP):
+                    t = gl.arange(0, TP, ROW)
+                    t = token_of_row(t)
+                    t = first_token + i * TP + t
+                    place = n_sinks + t[:, None]
+                    seen = (t < n_tokens)[:, None] & (place >= visible_from[None, :])
+                    if mask is not None:
+                        seen = seen & (gl.load(mask_row[None, :] + place, mask=seen, other=0) != 0)
+                    masked = masked + (gl.where(seen, s[i], float("-inf")),)
+                s = masked
+            m, mass, acc = online(s, m, mass, acc, VP, DV // VC)
+            async_copy.wait_group(1)
+            vs = scales(v_scales, T, VP, SCALES, ROW)
+            w = ()
+            for i in gl.static_range(VP):
+                weight = gl.exp2(s[i] - m[None, :])
+                mass = mass + fold(weight, MMA)
+                w = w + (as_operand(weight.to(gl.float16) * vs[i][:, None], MMA),)
+            new = ()
+            for i in gl.static_range(DV // VC):
+                v = decode(
                     v_shared,
                     v_shared1,
-                    v_scales,
-                    v_page,
-                    v_offsets,
-                    v_offsets1,
-                    s_offsets,
-                    more,
-                    V_AT,
+                    i * VC,
+                    v_codes,
+                    VC,
                     V_BITS,
+                    A,
+                    V_PLANE1,
+                    V_PTX,
+                    V_OPERANDS,
+                    HALVE,
                 )
-            async_copy.wait_group(0)
+                x = acc[i]
+                for j in gl.static_range(VP):
+                    x = mma_v2(v[j], w[j], x)
+                new = new + (x,)
+            acc = new
+            v_page = v_pages + (page * HKV + kv_head) * V_BYTES
+            copy_page(
+                v_shared,
+                v_shared1,
+                v_scales,
+                v_page,
+                v_offsets,
+                v_offsets1,
+                s_offsets,
+                more,
+                V_AT,
+                V_BITS,
+            )
+        async_copy.wait_group(0)
     else:
-        if HAS_DENSE:
-            kv_head = head % HKV
-            m, mass, acc = dense_rows(
-                query + b * query_b + kv_head * (rows // q_len) * query_h,
-                k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
-                v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
-                split * DENSE, n_dense, n_tokens, n_sinks, rows, q_len,
-                last_seen, visible_from, mask_row, softcap, dense_scale, query_h, query_q,
-                kd_n, vd_n, m, mass, acc, group, D, DV, N, SOFTCAP, VC, MMA, DENSE,
-            )  # fmt: skip
-
-    if PDL:
-        dependency(RELEASE)
-    total = gl.sum(mass, 0)
-    seen = total > 0
-    base = (head * gl.num_programs(1) + split).to(gl.int64) * rows
-    inside = row < rows
-    gl.store(lse + base + row, gl.where(seen, m + gl.log2(total), float("-inf")), mask=inside)
-    inverse = 1.0 / total
-    channel = gl.arange(0, VC, ROW)
-    at = out + (base + row) * DV
-    for i in gl.static_range(DV // VC):
-        value = acc[i] * inverse[None, :]
-        gl.store(at[None, :] + (i * VC + channel)[:, None], value, mask=(inside & seen)[None, :])
+        if PDL:
+            dependency(WAIT)
+            dependency(RELEASE)
+    at = (head * slots + dense_slots + split).to(gl.int64) * rows + row
+    write(out, lse, at, row < rows, m, mass, acc, DV, VC, ROW)

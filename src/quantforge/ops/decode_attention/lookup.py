@@ -21,7 +21,17 @@ from functools import lru_cache
 TABLE_WORDS = 4
 """Words of a lookup table: low bytes of entries 0-3 and 4-7, then their high bytes (or e4m3)."""
 
-_SCRATCH = "{\n .reg .b32 t, z, l, h, u, v; .reg .b16 a, b;\n"
+_SCRATCH = "{\n .reg .b32 t, z, l, h, u, v, n; .reg .b16 a, b;\n"
+
+_UPPER = (
+    " mov.b32 {a, b}, z;\n mov.b32 u, {b, b};\n mov.b32 n, 0x80008000;\n add.rn.f16x2 u, u, n;\n"
+)
+"""The upper half of the selectors z, for `prmt`, which reads the lower half of a register.
+
+Selectors have no bit 3 in a nibble, so as fp16 they are finite and positive, and adding -0 leaves
+them as they are: an addition that reads a half twice costs a slot of the full-rate pipe, a right
+shift one of the half-rate pipe that everything else here needs.
+"""
 
 
 def _lookup(selector: str, table: list[str], outputs: tuple[int, int], e4m3: bool) -> str:
@@ -53,7 +63,7 @@ def _table(first_operand: int) -> list[str]:
 
 def _four_bits(e4m3: bool) -> str:
     table = _table(5)
-    text = " and.b32 z, $4, 0x77777777;\n shr.b32 u, z, 16;\n shl.b32 v, $4, 4;\n"
+    text = " and.b32 z, $4, 0x77777777;\n" + _UPPER + " shl.b32 v, $4, 4;\n"
     for selector, signs, outputs in (("z", "$4", (0, 1)), ("u", "v", (2, 3))):
         if not e4m3:
             text += f" prmt.b32 l, {table[0]}, {table[1]}, {selector};\n"
@@ -73,7 +83,7 @@ def _three_bits(e4m3: bool) -> str:
             text += " and.b32 t, $9, 0x44444444;\n shr.b32 z, $8, 2;\n"
             text += " lop3.b32 z, z, 0x33333333, t, 0xEA;\n"
         text += _lookup("z", table, (4 * pair, 4 * pair + 1), e4m3)
-        text += " shr.b32 u, z, 16;\n"
+        text += _UPPER
         text += _lookup("u", table, (4 * pair + 2, 4 * pair + 3), e4m3)
     return text
 
@@ -87,7 +97,7 @@ def _two_bits(e4m3: bool) -> str:
             text += " shr.b32 t, $8, 2;\n"
         text += f" and.b32 z, {'t' if pair else '$8'}, 0x33333333;\n"
         text += _lookup("z", table, (4 * pair, 4 * pair + 1), e4m3)
-        text += " shr.b32 u, z, 16;\n"
+        text += _UPPER
         text += _lookup("u", table, (4 * pair + 2, 4 * pair + 3), e4m3)
     return text
 

@@ -189,3 +189,28 @@ def online(s, m, mass, acc, COUNT: gl.constexpr, PARTS: gl.constexpr):
             scaled = scaled + (acc[i] * alpha[None, :],)
         acc = scaled
     return m, mass, acc
+
+
+@gluon.jit
+def nothing(N: gl.constexpr, PARTS: gl.constexpr, VC: gl.constexpr, MMA: gl.constexpr):
+    """Return maximum, mass and output of N query rows that have seen nothing."""
+    acc = ()
+    for _ in gl.static_range(PARTS):
+        acc = acc + (gl.zeros((VC, N), gl.float32, MMA),)
+    m = gl.full((N,), LOWEST, gl.float32, gl.SliceLayout(0, MMA))
+    return m, gl.zeros((16, N), gl.float32, MMA), acc
+
+
+@gluon.jit
+def write(
+    out, lse, row, inside, m, mass, acc,
+    DV: gl.constexpr, VC: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """Write normalized outputs and log2-sum-exps of query rows; of those that saw nothing, -inf."""
+    total = gl.sum(mass, 0)
+    seen = total > 0
+    gl.store(lse + row, gl.where(seen, m + gl.log2(total), float("-inf")), mask=inside)
+    inverse = 1.0 / total
+    at = (out + row * DV)[None, :] + gl.arange(0, VC, ROW)[:, None]
+    for i in gl.static_range(DV // VC):
+        gl.store(at + i * VC, acc[i] * inverse[None, :], mask=(inside & seen)[None, :])

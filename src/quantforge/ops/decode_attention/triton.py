@@ -22,11 +22,13 @@ from quantforge.spec import QuantSpec
 
 LOG2E = 1.4426950408889634
 DENSE_ROWS = 32
-"""Dense rows in a split: short ones, first in the grid, end before the packed ones."""
+"""Dense rows in a unit: as many bytes as two pages, and less to compute."""
 COLUMNS = 32
 """Columns of a rotation that a program holds at a time."""
-MERGE_NUMBERS = 1 << 13
-"""Numbers of partial results that a merging program holds at a time."""
+MERGE_NUMBERS = 1 << 11
+"""Numbers of partial results that a warp of a merging program holds at a time."""
+MERGE_WARPS = (4, 16)
+"""Least and most warps of a merging program: with enough of them all splits are read at once."""
 VALUE_CHANNELS = 32
 """Channels of values decoded at a time: bounds the registers in flight."""
 
@@ -39,12 +41,12 @@ class Tuning:
         max_registers: per thread for 8 query rows, or None for the compiler's choice; 16 rows need
             more than half of a thread's registers, and the compiler chooses.
         programs: per multiprocessor, for the number of splits.
-        pages: least number in a split.
+        units: least number in a split.
     """
 
     max_registers: int | None
     programs: int
-    pages: int
+    units: int
 
 
 # by key bits and e4m3; NVIDIA H200, triton 3.6.0, 2026-11-24: 8 x 32768 tokens, 8 KV heads, dim 128
@@ -196,18 +198,18 @@ def _power_of_two(n: int) -> int:
 
 
 def _cut(
-    n_pages: int, units: int, dense_splits: int, tuning: Tuning, device: torch.device
-) -> tuple[int, int]:
-    """Return how many splits the pages of a row are cut into, and the pages of each.
+    n_pages: int, dense_units: int, heads: int, tuning: Tuning, device: torch.device
+) -> tuple[int, int, int]:
+    """Return units of a split, splits of a row, and how many of them have dense rows.
 
-    All programs fit on the GPU at once. Where many of them are short ones for dense rows, the
-    others start at different times, and shorter splits in two waves end together.
+    A row is its units of dense rows, then its pages; all programs fit on the GPU at once.
     """
-    room = tuning.programs * multiprocessors(device)
-    waves = 2 if dense_splits * units > room // 8 else 1
-    pages = max(_ceil_div(n_pages * units, waves * room), tuning.pages // waves)
-    splits = _ceil_div(n_pages, pages)
-    return splits, _ceil_div(n_pages, max(splits, 1))
+    units = dense_units + n_pages
+    most = max(tuning.programs * multiprocessors(device) // max(heads, 1), 1)
+    length = max(_ceil_div(units, most), tuning.units)
+    splits = _ceil_div(units, length)
+    length = max(_ceil_div(units, max(splits, 1)), 1)
+    return length, splits, _ceil_div(dense_units, length)
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
@@ -257,16 +259,17 @@ def decode_attention(
     rows = heads // kv_heads * q_len
     width = 8 if rows <= 8 else 16
     groups = _ceil_div(rows, width)
-    units = batch * kv_heads
+    key_heads = batch * kv_heads
 
     pages_per_row = page_table.shape[1] if page_table is not None else len(k_pages) // batch
     n_pages = pages_per_row if seqlens is not None else _ceil_div(n_tokens, layout.tokens)
     dense_rows = 0
     if k_dense is not None:
         dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
-    dense_splits = _ceil_div(dense_rows, DENSE_ROWS)
-    packed_splits, pages_per_split = _cut(n_pages, units * groups, dense_splits, tuning, device)
-    splits = packed_splits + dense_splits
+    units_per_split, splits, dense_slots = _cut(
+        n_pages, _ceil_div(dense_rows, DENSE_ROWS), batch * kv_heads * groups, tuning, device
+    )
+    slots = dense_slots + splits
 
     out = query.new_empty((batch, heads, q_len, v_dim := plan.rotations[1].shape[0]))
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
@@ -276,26 +279,26 @@ def decode_attention(
         return out.zero_(), lse.fill_(-torch.inf)
     padded = groups * width
     row_block = _ceil_div(padded, 16) * 16
-    projected = query.new_empty((units, row_block, dim), dtype=torch.float16)
-    query_scale = lse.new_empty((units, row_block // 16))
-    shift_logits = lse.new_empty((units, rows)) if k_shift is not None else None
-    project_kernel[(units, dim // COLUMNS, row_block // 16)](
+    projected = query.new_empty((key_heads, row_block, dim), dtype=torch.float16)
+    query_scale = lse.new_empty((key_heads, row_block // 16))
+    shift_logits = lse.new_empty((key_heads, rows)) if k_shift is not None else None
+    project_kernel[(key_heads, dim // COLUMNS, row_block // 16)](
         query, plan.rotations[0], k_equalizer, k_shift, projected, query_scale, shift_logits,
         rows, q_len, scale, plan.units[0], *query.stride()[:3], *_strides(k_equalizer),
         *_strides(k_shift),
         HKV=kv_heads, D=dim, ROWS=row_block, COLUMNS=COLUMNS,
         PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
-    partial = lse.new_empty((units, splits, rows, v_dim))
-    partial_lse = lse.new_empty((units, splits, rows))
+    partial = lse.new_empty((key_heads, slots, rows, v_dim))
+    partial_lse = lse.new_empty((key_heads, slots, rows))
     dense_strides = (0,) * 6
     if k_dense is not None and v_dense is not None:
         dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
-    decode_kernel[(groups, splits, units)](
+    decode_kernel[(groups, splits, key_heads)](
         projected, query_scale, shift_logits if softcap else None, query, k_pages, v_pages,
         *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, partial,
         partial_lse, n_tokens, n_dense if k_dense is not None else 0, n_sinks, window,
-        dense_splits, pages_per_split, pages_per_row, rows, q_len, row_block,
+        dense_slots, units_per_split, pages_per_row, rows, q_len, row_block,
         softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *dense_strides,
         *_mask_strides(mask),
         HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0, CAUSAL=is_causal,
@@ -303,14 +306,17 @@ def decode_attention(
         num_warps=1, maxnreg=tuning.max_registers if width == 8 else None, launch_pdl=pdl,
     )  # fmt: skip
     block = min(_power_of_two(rows), 16)
-    while block > 1 and units * _ceil_div(rows, block) < 2 * multiprocessors(device):
+    while block > 1 and key_heads * _ceil_div(rows, block) < 2 * multiprocessors(device):
         block //= 2
-    merge_kernel[(_ceil_div(rows, block), units)](
+    width = _power_of_two(slots)
+    least, most = MERGE_WARPS
+    warps = min(max(width * block * v_dim // MERGE_NUMBERS, least), most)
+    merge_kernel[(_ceil_div(rows, block), key_heads)](
         partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
-        v_shift, out, lse, splits, dense_splits, rows, plan.units[1],
+        v_shift, out, lse, slots, dense_slots, rows, plan.units[1],
         *_strides(v_equalizer), *_strides(v_shift),
-        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=_power_of_two(splits),
-        CHUNK=min(MERGE_NUMBERS // (block * v_dim), _power_of_two(splits)),
-        PDL=pdl, num_warps=4, launch_pdl=pdl,
+        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=width,
+        CHUNK=max(min(warps * MERGE_NUMBERS // (block * v_dim), width), 1),
+        PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
