@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +15,13 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
-from quantforge.errors import ConfigError
+from quantforge.errors import ConfigError, UnsupportedError
+from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.sliding import QuantForgeSlidingLayer
+
+SLIDING = ("sliding_attention", "chunked_attention")
 
 
 class QuantForgeCache(DynamicCache):
@@ -24,14 +29,16 @@ class QuantForgeCache(DynamicCache):
 
     Each layer keeps `[ sinks | packed pages | recent window ]`: the first and the latest tokens in
     the model's dtype, the rest in a few bits. Attention reads the codes; the history is never
-    decoded in full. Works with `attn_implementation="sdpa"` and `"eager"`.
+    decoded in full. Works with `attn_implementation="quantforge"`, `"sdpa"` and `"eager"`.
 
     Args:
-        config: the model's config. Needed for models with layers other than full attention:
-            sliding-window, linear and other layers then get transformers' own (unquantized)
-            cache layer. Without it every layer is a quantized full-attention layer, which is
-            correct for sliding-window models too, but holds more tokens than they need.
+        config: the model's config. Layers of full and of sliding-window attention are quantized,
+            others (linear attention, convolutions) get transformers' own cache layer. Without a
+            config every layer is a quantized full-attention layer, which is correct for
+            sliding-window models too, but holds more tokens than they need.
         layers: settings that differ in single layers: {layer index: {setting: value}}.
+        offloading: keep all layers but the one at work on the CPU (needs a GPU).
+        offload_only_non_sliding: but leave sliding-window layers, which are small, where they are.
         **settings: see `CacheConfig`: bits, sinks, window, page_size, shift, equalizer, ...
 
     Raises:
@@ -43,25 +50,45 @@ class QuantForgeCache(DynamicCache):
         config: Any = None,
         *,
         layers: Mapping[int, Mapping[str, Any]] | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
         **settings: Any,
     ) -> None:
         self.options = _configured(CacheConfig(), settings)
         self.overrides = {int(i): _configured(self.options, s) for i, s in (layers or {}).items()}
-        Cache.__init__(self, layers=[] if config is None else self._layers_of(config))
+        self._config = None if config is None else config.get_text_config(decoder=True)
+        Cache.__init__(
+            self,
+            layers=[] if config is None else self._layers_of(self._config),
+            offloading=offloading,
+            offload_only_non_sliding=offload_only_non_sliding,
+        )
 
     def _layers_of(self, config: Any) -> list[Any]:
-        types, kwargs = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        types, kwargs = get_layer_types_and_kwargs(config)
         # one dict for all layers before transformers 5.20
         per_layer = kwargs if isinstance(kwargs, list) else [kwargs] * len(types)
-        return [
-            self._new_layer(index)
-            if kind == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs)
-            for index, (kind, kwargs) in enumerate(zip(types, per_layer, strict=True))
-        ]
+        layers: list[Any] = []
+        for index, (kind, settings) in enumerate(zip(types, per_layer, strict=True)):
+            if kind == "full_attention":
+                layers.append(self._new_layer(index))
+            elif kind in SLIDING:
+                layers.append(self._new_sliding_layer(index, settings["sliding_window"]))
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**settings))
+        return layers
+
+    def _options_of(self, index: int) -> CacheConfig:
+        return self.overrides.get(index, self.options)
 
     def _new_layer(self, index: int) -> QuantForgeLayer:
-        return QuantForgeLayer(self.overrides.get(index, self.options))
+        rank = getattr(self._config, "kv_lora_rank", None)
+        if rank is not None:
+            return LatentLayer(self._options_of(index), rank)
+        return QuantForgeLayer(self._options_of(index))
+
+    def _new_sliding_layer(self, index: int, window: int) -> QuantForgeSlidingLayer:
+        return QuantForgeSlidingLayer(self._options_of(index), window)
 
     def update(
         self,
@@ -71,10 +98,59 @@ class QuantForgeCache(DynamicCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values (B, Hkv, q, dim) of a layer; return all to attend to."""
+        """Append keys and values (B, Hkv, q, dim) of a layer; return all to attend to.
+
+        Raises:
+            InputError: if they do not fit what the layer holds.
+            UnsupportedError: if the model's attention function can only read dense tensors.
+        """
+        _check_attention(getattr(self._config, "_attn_implementation", None))
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Return whether a layer of linear attention has seen tokens."""
+        self._check_linear(layer_idx)
+        more = () if state_idx is None else (state_idx,)
+        return super().has_previous_state(layer_idx, *more)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return the convolution state of a layer of linear attention."""
+        self._check_linear(layer_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Update the convolution state of a layer of linear attention, and return it."""
+        self._check_linear(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def _check_linear(self, index: int | None) -> None:
+        if self._config is None and index is not None:
+            raise ConfigError(
+                f"layer {index} of this model is not attention, so the cache must know its layers: "
+                "use QuantForgeCache(config=model.config)"
+            )
+
+    def to(self, device: torch.device | str) -> QuantForgeCache:
+        """Move all layers to a device, in place; return the cache."""
+        for layer in self.layers:
+            if isinstance(layer, QuantForgeLayer):
+                layer.to(device)
+            else:
+                _move(layer, torch.device(device))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantForgeCache:
+        """Copy all but the model's config, which stays that of the model."""
+        twin = copy.copy(self)
+        memo |= {id(self): twin, id(self._config): self._config}
+        vars(twin).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return twin
 
     @property
     def nbytes(self) -> int:
@@ -82,10 +158,38 @@ class QuantForgeCache(DynamicCache):
         return sum(_layer_bytes(layer) for layer in self.layers)
 
 
+def _check_attention(name: str | None) -> None:
+    if name is not None and any(kind in name for kind in ("flash", "flex", "paged")):
+        raise UnsupportedError(
+            f'attn_implementation="{name}" reads dense keys and values only, and a QuantForgeCache '
+            'holds packed ones; call model.set_attn_implementation("quantforge"), which is '
+            'fastest, or "sdpa" or "eager"'
+        )
+
+
+def _tensors(layer: Any) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in vars(layer).items() if isinstance(t, torch.Tensor)}
+
+
+def _move(layer: Any, device: torch.device) -> None:
+    """Move a layer of transformers: its tensors, its dicts of states, and where it expects them."""
+    for name, t in _tensors(layer).items():
+        setattr(layer, name, t.to(device))
+    for states in vars(layer).values():
+        if isinstance(states, dict):
+            moved = {i: t.to(device) for i, t in states.items() if isinstance(t, torch.Tensor)}
+            states.update(moved)
+    if hasattr(layer, "device"):
+        layer.device = device
+
+
 def _layer_bytes(layer: Any) -> int:
     if isinstance(layer, QuantForgeLayer):
         return layer.nbytes
-    tensors = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    tensors = list(_tensors(layer).values())
+    for states in vars(layer).values():
+        if isinstance(states, dict):
+            tensors += [t for t in states.values() if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from quantforge.errors import ConfigError, InputError
+from quantforge.llm.importance import choose
+from quantforge.llm.observe import RECENT, Queries, WatchedTensor
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.paged import PageFormat
 from quantforge.llm.segments import SegmentedTensor
@@ -15,6 +19,18 @@ from quantforge.llm.store import Store
 from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
 from quantforge.ops.decode_attention.api import why_not_fused
 from quantforge.spec import QuantSpec
+
+
+@lru_cache
+def crop_takes_lengths() -> bool:
+    """Return whether this transformers lets a positive number mean the length to keep."""
+    layer, token = DynamicLayer(), torch.zeros(1, 1, 2, 1)
+    layer.update(token, token)
+    try:
+        layer.crop(1)
+    except ValueError:
+        return False
+    return True
 
 
 class QuantForgeLayer(CacheLayerMixin):
@@ -28,6 +44,8 @@ class QuantForgeLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    _keys: Any
+    _values: Any
 
     def __init__(self, options: CacheConfig) -> None:
         # CacheLayerMixin.__init__ would assign keys and values, which are properties here
@@ -48,13 +66,29 @@ class QuantForgeLayer(CacheLayerMixin):
         if layout is not None:
             key_pages = PageFormat(layout, key, holds_keys=True)
             value_pages = PageFormat(layout, value, holds_keys=False)
-        self._keys = Store(options, key, key_pages)
-        self._values = Store(options, value, value_pages)
+        self._keys = self._new_store(key, key_pages)
+        self._values = self._new_store(value, value_pages)
+        self._add_tiers(key.dim, value.dim)
+        self._queries = Queries(RECENT if self._keys.tiers else 0)
         self.is_initialized = True
+
+    def _new_store(self, spec: QuantSpec, pages: PageFormat | None) -> Store:
+        return Store(self.options, spec, pages)
+
+    def _add_tiers(self, key_dim: int, value_dim: int) -> None:
+        """Give the stores the codes of important tokens."""
+        options = self.options
+        if self.is_sliding:  # its packed rows leave by age
+            return
+        self._shares = options.shares(key_dim, value_dim)
+        for tier in range(1, len(options.tiers)):
+            key, value = options.key_spec(key_dim, tier), options.value_spec(value_dim, tier)
+            self._keys.add_tier(key)
+            self._values.add_tier(value)
 
     def _page_layout(self, key: QuantSpec, value: QuantSpec) -> PageLayout | None:
         """Return the layout of pages, or None to keep rows."""
-        if self.options.layout == "rows":
+        if self.options.layout == "rows" or self.options.importance:
             return None
         if self.options.layout == "pages":
             if (reason := why_no_pages(key, value)) is not None:
@@ -83,32 +117,103 @@ class QuantForgeLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.device != key_states.device:  # the layers of a model may have been moved
+            self.to(key_states.device)
         self._keys.check(key_states)  # both before either is appended
         self._values.check(value_states)
         first = self.get_seq_length() == 0
         # buffers outlive this call: tensors made in inference mode could not be updated outside
         with torch.inference_mode(False), torch.no_grad():
-            keys = self._keys.append(key_states)
-            values = self._values.append(value_states)
-        return (key_states, value_states) if first else (keys, values)
+            self._pack()  # what the attention of the last update would have packed
+            waits = self._waits
+            keys = self._keys.append(key_states, pack=not waits)
+            values = self._values.append(value_states, pack=not waits)
+        if first:
+            keys, values = key_states, value_states
+        if waits:
+            self._new_tokens = key_states.shape[2]
+            if isinstance(keys, SegmentedTensor):
+                keys._see = self._see
+            else:
+                keys = WatchedTensor.of(keys, self._see)
+        return keys, values
+
+    @property
+    def _waits(self) -> bool:
+        """Whether packing waits for the queries of an update: they decide how, or what, to pack."""
+        measures = self.options.equalizer and self._keys.n_packed == 0
+        return (measures or bool(self._keys.tiers)) and not torch.compiler.is_compiling()
+
+    def _see(self, query: torch.Tensor, scale: float | None) -> None:
+        """Take note of a query (B, Hq, q, dim) that has attended, and pack what is due."""
+        if not self.is_initialized or query.shape[-1] != self._keys.spec.dim:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._queries.see(query, self._keys.heads, self._new_tokens, scale)
+            self._pack()
+
+    def _pack(self) -> None:
+        """Pack what has left the window."""
+        if self._keys.due:
+            block = self._block()
+            self._keys.pack(self._queries.rms, block)
+            self._values.pack(None, block)
+
+    def _block(self) -> tuple[torch.Tensor, list[int]] | None:
+        """Return the tier of each token that is due, and how many each tier gets."""
+        if not self._keys.tiers:
+            return None
+        due, packed = self._keys.due, self._keys.n_packed
+        rows = [tier.n_rows for tier in self._keys.tiers]
+        raised = [
+            max(0, int(share * (packed + due)) - n)
+            for share, n in zip(self._shares, rows, strict=True)
+        ]
+        keys = self._keys.dense[:, :, : self._keys.n_dense]
+        mass = self._queries.mass(keys)
+        if mass is None:  # nobody looked: the latest tokens count most
+            mass = torch.arange(keys.shape[2], device=keys.device, dtype=torch.float32)
+            mass = mass.expand(keys.shape[:3])
+        counts = [due - sum(raised), *raised]
+        return choose(mass[:, :, self._keys.candidates()], counts), counts
 
     @property
     def keys(self) -> torch.Tensor | SegmentedTensor | None:  # type: ignore[override]
         """All keys (B, Hkv, n, dim), or None before the first token."""
+        self._settle()
         return self._keys.view() if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | SegmentedTensor | None:  # type: ignore[override]
         """All values (B, Hkv, n, dim), or None before the first token."""
+        self._settle()
         return self._values.view() if self.is_initialized else None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated: codes, scales, shifts, equalizers, sinks and recent window."""
-        return sum(store.nbytes for store in self._stores())
+        stores = self._stores()
+        slots = {id(store.slots): store.slots for store in stores if store.slots is not None}
+        return sum(x.nbytes for x in (*stores, *slots.values()))
 
-    def _stores(self) -> tuple[Store, ...]:
+    def _stores(self) -> tuple[Any, ...]:
+        self._settle()
         return (self._keys, self._values) if self.is_initialized else ()
+
+    def _settle(self) -> None:
+        """Pack what still waits for its attention."""
+        if self.is_initialized:
+            with torch.inference_mode(False), torch.no_grad():
+                self._pack()
+
+    def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor t by f(t): a selection along the batch, or a move."""
+        for store in self._stores():
+            store.map(f)
+        if self.is_initialized:
+            self._values.slots = self._keys.slots
+            with torch.inference_mode(False), torch.no_grad():
+                self._queries.map(f)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
@@ -126,21 +231,32 @@ class QuantForgeLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self._keys = self._values = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; codes of the others stay as they are.
 
+        Where transformers still takes a positive number (before 5.20), it is the length to keep.
+
         Raises:
             InputError: for a positive number, or more tokens than the layer holds.
         """
-        if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
+        if not self.is_initialized:
+            return
+        seen = self.get_seq_length()
+        if tokens_to_remove > 0 and crop_takes_lengths():
+            tokens_to_remove = min(tokens_to_remove - seen, 0)
+        if tokens_to_remove > 0 or -tokens_to_remove > seen:
             raise InputError(
-                f"crop takes minus the number of tokens to remove, at most {self.get_seq_length()} "
-                f"here; got {tokens_to_remove}"
+                f"crop takes minus the number of tokens to remove, at most {seen} here; "
+                f"got {tokens_to_remove}"
             )
+        self._crop(-tokens_to_remove)
+
+    def _crop(self, tokens: int) -> None:
         for store in self._stores():
-            store.crop(-tokens_to_remove)
+            store.crop(tokens)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Select the batch rows `beam_idx`, as beam search asks."""
@@ -148,20 +264,24 @@ class QuantForgeLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the batch rows `indices` (integers or a bool mask)."""
-        for store in self._stores():
-            store.map(lambda t: t[indices.to(t.device)])
+        self._map(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row `repeats` times."""
-        for store in self._stores():
-            store.map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        for store in self._stores():
-            store.map(lambda t: t.to("cpu", non_blocking=True))
+        self._move("cpu")
 
     def prefetch(self) -> None:
         """Move everything back to the device of the keys."""
-        for store in self._stores():
-            store.map(lambda t: t.to(self.device, non_blocking=True))
+        self._move(self.device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move everything to a device, and expect the next keys there."""
+        self.device = torch.device(device)
+        self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        self._map(lambda t: t.to(device, non_blocking=True))
