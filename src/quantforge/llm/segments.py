@@ -5,7 +5,7 @@
 
 A few queries over pages run in one fused operator. Otherwise attention runs over the packed rows by
 the operator that reads codes, over the dense rows by a flash kernel, and the two are merged by
-their log-sum-exp. Like `QuantTensor` it refuses what it
+their log-sum-exp. Tokens of other bits (`importance`) are further segments. Like `QuantTensor` it refuses what it
 cannot do on codes.
 """
 
@@ -20,7 +20,10 @@ import torch.nn.functional as F
 
 from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import UnsupportedError
+from quantforge.llm.importance import Slots
+from quantforge.llm.observe import See
 from quantforge.llm.paged import PagedRows
+from quantforge.llm.tiers import Source, combine, decode, logits, mask_of_tier, rows_of
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.merge import Partial, dense_attention, merge_partials
@@ -46,15 +49,20 @@ class SegmentedTensor(torch.Tensor):
         dense: (B, Hkv, m, dim), sinks first, recent rows behind them.
         source: the packed (B, Hkv, p, dim), as rows or in pages; n = m + p.
         n_sinks: rows of `dense` that come before the packed ones.
+        tiers: packed rows of more bits, or None for a tier without rows.
+        slots: where tokens are, in `source` and `tiers`; None without tiers.
         n_rep: query heads that share a head, once `repeat_kv` has asked for it.
         transposed: whether the last two axes are swapped.
         staged: rows are being repeated: the shape has the extra axis of `repeat_kv`.
     """
 
     dense: torch.Tensor
-    source: QuantTensor | PagedRows
+    source: Source
+    tiers: tuple[Source | None, ...]
+    slots: Slots | None
     n_packed: int
     n_sinks: int
+    _see: See | None
     _n_rep: int
     _transposed: bool
     _staged: bool
@@ -62,14 +70,17 @@ class SegmentedTensor(torch.Tensor):
     def __new__(  # noqa: D102 - arguments are in the class docstring
         cls,
         dense: torch.Tensor,
-        source: QuantTensor | PagedRows,
+        source: Source,
         n_sinks: int,
+        tiers: tuple[Source | None, ...] = (),
+        slots: Slots | None = None,
         n_rep: int = 1,
         transposed: bool = False,
         staged: bool = False,
     ) -> SegmentedTensor:
         batch, heads, m, dim = dense.shape
         n_packed = source.n if isinstance(source, PagedRows) else source._packed.shape[-2]
+        n_packed = n_packed if slots is None else slots.alive
         shape = [batch, heads * n_rep, m + n_packed, dim]
         if staged:
             shape[1:2] = [heads, n_rep]
@@ -79,6 +90,7 @@ class SegmentedTensor(torch.Tensor):
             cls, shape, dtype=dense.dtype, device=dense.device
         )
         self.dense, self.source, self.n_packed, self.n_sinks = dense, source, n_packed, n_sinks
+        self.tiers, self.slots, self._see = tiers, slots, None
         self._n_rep, self._transposed, self._staged = n_rep, transposed, staged
         return self
 
@@ -88,23 +100,33 @@ class SegmentedTensor(torch.Tensor):
             "transposed": self._transposed,
             "staged": self._staged,
         }
-        return SegmentedTensor(self.dense, self.source, self.n_sinks, **(state | changes))
+        held = (self.dense, self.source, self.n_sinks, self.tiers, self.slots)
+        out = SegmentedTensor(*held, **(state | changes))
+        out._see = self._see
+        return out
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The packed rows of each tier that has some, the ordinary one first."""
+        return (self.source, *(tier for tier in self.tiers if tier is not None))
 
     @property
     def packed(self) -> QuantTensor:
-        """The packed rows; pages are laid out as rows for it."""
-        return self.source.rows if isinstance(self.source, PagedRows) else self.source
+        """The packed rows of the ordinary tier; pages are laid out as rows for it."""
+        return rows_of(self.source)
 
     @property
     def nbytes_packed(self) -> int:
         """Bytes of the rows held, packed and dense."""
-        return self.source.nbytes_packed + self.dense.numel() * self.dense.element_size()
+        dense = self.dense.numel() * self.dense.element_size()
+        return dense + sum(source.nbytes_packed for source in self.sources)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode into one dense tensor of the same shape."""
         dtype = self.dtype if dtype is None else dtype
         dense, n = self.dense.to(dtype), self.n_sinks
-        out = torch.cat([dense[:, :, :n], self.packed.dequantize(dtype), dense[:, :, n:]], dim=2)
+        history = decode(self.sources, self.slots, dtype)
+        out = torch.cat([dense[:, :, :n], history, dense[:, :, n:]], dim=2)
         if self._n_rep > 1 or self._staged:
             out = out.repeat_interleave(self._n_rep, dim=1)
         if self._staged:
@@ -221,12 +243,23 @@ def _attention(
     query = autocast(query)
     if is_fused(query, key, value, attn_mask):
         run = partial(attend_pages, key=key, value=value, mask=attn_mask, scale=scale)
-        return forward_only(lambda q: run(q)[0], query)
+        out = forward_only(lambda q: run(q)[0], query)
+        show(query, key, scale)
+        return out
 
     def attend(q: torch.Tensor) -> torch.Tensor:
         return merge_partials(attend_rows(q, key, value, attn_mask, scale)).to(q.dtype)
 
-    return forward_only(attend, query)
+    out = forward_only(attend, query)
+    show(query, key, scale)
+    return out
+
+
+def show(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+    """Show a query (B, Hq, q, dim), once its attention has run, to the layer of a key."""
+    see = getattr(key, "_see", None)
+    if see is not None:
+        see(query, scale)
 
 
 def attend_rows(
@@ -236,14 +269,28 @@ def attend_rows(
     mask: torch.Tensor | None,
     scale: float,
 ) -> list[Partial]:
-    """Attend to the dense and to the packed rows: two partial results to be merged."""
-    masks = (None, None) if mask is None else key.split_rows(mask)
+    """Attend to the dense and to the packed rows of each tier: partial results to be merged."""
+    recent, packed = (None, None) if mask is None else key.split_rows(mask)
     dense = (key.dense.to(query.dtype), value.dense.to(query.dtype))
-    recent = dense_attention(query, *dense, masks[0], scale)
-    history = attention_op.attention(
-        query, *_parts(key), *_parts(value), masks[1], False, scale, *_codes(key, value)
+    partials = [dense_attention(query, *dense, recent, scale)]
+    if key.slots is None:
+        return [*partials, _history(query, key.source, value.source, packed, scale)]
+    tiers = zip((key.source, *key.tiers), (value.source, *value.tiers), strict=True)
+    for tier, (k, v) in enumerate(tiers):
+        if k is not None and v is not None:
+            seen = mask_of_tier(packed, key.slots, tier, query.shape[1])
+            partials.append(_history(query, k, v, seen, scale))
+    return partials
+
+
+def _history(
+    query: torch.Tensor, key: Source, value: Source, mask: torch.Tensor | None, scale: float
+) -> Partial:
+    """Attend to packed rows alone."""
+    k, v = rows_of(key), rows_of(value)
+    return attention_op.attention(
+        query, *_parts(k), *_parts(v), mask, False, scale, k._spec_key, v._spec_key
     )
-    return [recent, history]
 
 
 FUSED_ROWS = 64
@@ -255,7 +302,8 @@ def is_fused(
     query: torch.Tensor, key: SegmentedTensor, value: SegmentedTensor, mask: torch.Tensor | None
 ) -> bool:
     """Return whether decode attention over pages can do this."""
-    if not (isinstance(key.source, PagedRows) and isinstance(value.source, PagedRows)):
+    paged = isinstance(key.source, PagedRows) and isinstance(value.source, PagedRows)
+    if not paged or key.slots is not None:
         return False
     rows = query.shape[1] // key.dense.shape[1] * query.shape[2]
     plain = mask is None or (
@@ -298,13 +346,8 @@ def attend_pages(
     return out, lse
 
 
-def _parts(x: SegmentedTensor) -> tuple[torch.Tensor | None, ...]:
-    packed = x.packed
-    return packed._packed, packed._scales, packed._shift, packed._equalizer
-
-
-def _codes(key: SegmentedTensor, value: SegmentedTensor) -> tuple[str, str]:
-    return key.packed._spec_key, value.packed._spec_key
+def _parts(x: QuantTensor) -> tuple[torch.Tensor | None, ...]:
+    return x._packed, x._scales, x._shift, x._equalizer
 
 
 @on(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -315,15 +358,18 @@ def _matmul(a: torch.Tensor, b: SegmentedTensor) -> torch.Tensor:
     rows = autocast(a).reshape(a.shape[0], b.dense.shape[1], -1, a.shape[-1])
     product = _times_transposed if b._transposed else _times
     out = forward_only(partial(product, x=b), rows)
+    if b._transposed:
+        show(a, b, None)
     return out.reshape(*a.shape[:-1], out.shape[-1])
 
 
 def _times_transposed(query: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
     n = x.n_sinks
     dense = query @ x.dense.mT.to(query.dtype)
-    return torch.cat([dense[..., :n], query @ x.packed.mT, dense[..., n:]], -1)
+    history = logits(query, x.sources, x.slots)
+    return torch.cat([dense[..., :n], history, dense[..., n:]], -1)
 
 
 def _times(weights: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
     dense, packed = x.split_rows(weights)
-    return dense @ x.dense.to(dense.dtype) + packed @ x.packed
+    return dense @ x.dense.to(dense.dtype) + combine(packed, x.sources, x.slots)

@@ -10,17 +10,18 @@ replaced, not compacted: a view handed out in the same step still reads the old 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from quantforge.errors import InputError
+from quantforge.llm.importance import Slots
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.paged import PagedRows, PageFormat
 from quantforge.llm.segments import SegmentedTensor
 from quantforge.numerics.packing import packed_width
 from quantforge.ops.cache_append import op as cache_append_op
-from quantforge.ops.measure import measure
+from quantforge.ops.measure import equalizer_of, moments
 from quantforge.ops.pages import codes_of
 from quantforge.ops.quantize import op as quantize_op
 from quantforge.spec import QuantSpec
@@ -31,10 +32,28 @@ GROWTH_PAGES = 8
 
 
 class Store:
-    """Sinks, packed pages and recent window of keys or of values."""
+    """Sinks, packed pages and recent window of keys or of values.
+
+    Args:
+        options: settings.
+        spec: the code.
+        pages: how rows are laid out in pages; None: as rows.
+
+    Attributes:
+        n_dense: dense rows that count.
+        n_packed: packed tokens, all tiers.
+        n_rows: packed rows of this store's own code.
+        tiers: stores of more bits for important tokens, with packed rows only.
+        slots: where the tokens of tiers are; None without tiers or packed tokens.
+        moments: mean, and RMS about it, of the channels when the first page was packed.
+        query_rms: RMS of the channels of the queries seen by then, None for values.
+    """
 
     def __init__(
-        self, options: CacheConfig, spec: QuantSpec, pages: PageFormat | None = None
+        self,
+        options: CacheConfig,
+        spec: QuantSpec,
+        pages: PageFormat | None = None,
     ) -> None:
         self.options, self.spec, self.pages = options, spec, pages
         self.dense: torch.Tensor | None = None
@@ -42,7 +61,21 @@ class Store:
         self.scales: torch.Tensor | None = None
         self.shift: torch.Tensor | None = None
         self.equalizer: torch.Tensor | None = None
-        self.n_dense = self.n_packed = 0
+        self.n_dense = self.n_packed = self.n_rows = 0
+        self.moments: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.query_rms: torch.Tensor | None = None
+        self.tiers: list[Store] = []
+        self.slots: Slots | None = None
+
+    def add_tier(self, spec: QuantSpec) -> None:
+        """Give tokens that are important a code of their own."""
+        self.tiers.append(Store(self.options, spec))
+
+    @property
+    def heads(self) -> int:
+        """Key heads."""
+        assert self.dense is not None, "a store has its heads from its first rows"
+        return self.dense.shape[1]
 
     @property
     def length(self) -> int:
@@ -52,7 +85,8 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        own = sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return own + sum(tier.nbytes for tier in self.tiers)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         names = ("dense", "packed", "scales", "shift", "equalizer")
@@ -63,20 +97,33 @@ class Store:
         with torch.inference_mode(False), torch.no_grad():
             for name, t in self._tensors().items():
                 setattr(self, name, f(t))
+            for tier in self.tiers:
+                tier.map(f)
+            self.slots = None if self.slots is None else self.slots.map(f)
 
-    def append(self, x: torch.Tensor) -> torch.Tensor | SegmentedTensor:
+    def append(self, x: torch.Tensor, pack: bool = True) -> torch.Tensor | SegmentedTensor:
         """Append x (B, Hkv, q, dim), return all rows, then pack what has left the window.
 
         The rows returned hold x exactly, also where it is packed by now. `check` comes first.
+
+        Args:
+            x: keys or values.
+            pack: False leaves it to a later call of `pack`.
         """
         dense = self._append_dense(x)
         rows = self._view_of(dense)
-        pages = (self._recent - self.options.window) // self.options.page_size
-        if pages > 0:
-            self._pack(dense, pages * self.options.page_size)
-        elif self.dense is None:  # own memory: x may be a slice of a larger projection
-            self.dense = self._with_room(dense, self.n_dense)
+        if self.dense is None:
+            # own memory: x may be a slice of a larger projection; what is packed soon is copied then
+            self.dense = dense if self.due else self._with_room(dense, self.n_dense)
+        if pack:
+            self.pack()
         return rows
+
+    @property
+    def due(self) -> int:
+        """Tokens that have left the window and fill pages."""
+        size = self.options.page_size
+        return max(0, self._recent - self.options.window) // size * size
 
     def check(self, x: torch.Tensor) -> None:
         """Raise `InputError` unless x can be appended."""
@@ -117,21 +164,66 @@ class Store:
         buffer[:, :, :n] = rows
         return buffer
 
-    def _pack(self, dense: torch.Tensor, tokens: int) -> None:
-        """Quantize the first tokens behind the sinks and drop them from the dense rows."""
-        start, stop = self._n_sinks, self._n_sinks + tokens
+    def candidates(self) -> slice:
+        """Return the dense rows that are due."""
+        return slice(self._n_sinks, self._n_sinks + self.due)
+
+    def pack(
+        self,
+        query_rms: torch.Tensor | None = None,
+        block: tuple[torch.Tensor, Sequence[int]] | None = None,
+    ) -> None:
+        """Quantize the tokens that are due and drop them from the dense rows.
+
+        Args:
+            query_rms: RMS of the channels of queries (B, Hkv, 1, dim), where they are known.
+            block: tier (B, Hkv, due) of each token and the tokens of each tier; with tiers only.
+        """
+        if not (tokens := self.due):
+            return
+        assert self.dense is not None, "rows that are due are held"
+        rows, dense = self.candidates(), self.dense[:, :, : self.n_dense]
         if self.n_packed == 0:
-            shift, equalizer = measure(dense[:, :, start:])
-            self.shift = shift if self.options.shift else None
-            self.equalizer = equalizer if self.options.equalizer else None
-        if self.pages is None:
-            self._append_rows(dense[:, :, start:stop])
+            self._measure(dense[:, :, rows.start :], query_rms)
+        x = dense[:, :, rows]
+        if block is None:
+            self._quantize(x)
         else:
-            self._append_pages(dense[:, :, start:stop], self.pages)
+            self._quantize_tiers(x, *block)
         self.n_packed += tokens
         self.n_dense -= tokens
-        kept = torch.cat([dense[:, :, :start], dense[:, :, stop:]], dim=2)
+        kept = torch.cat([dense[:, :, : rows.start], dense[:, :, rows.stop :]], dim=2)
         self.dense = self._with_room(kept, self.n_dense)
+
+    def _measure(self, x: torch.Tensor, query_rms: torch.Tensor | None) -> None:
+        self.moments = moments(x)
+        self.query_rms = query_rms
+        mean, rms = self.moments
+        self.shift = mean if self.options.shift else None
+        if not self.options.shift:  # the channels are then coded about zero
+            rms = (rms.square() + mean.square()).sqrt()
+        self.equalizer = equalizer_of(rms, query_rms) if self.options.equalizer else None
+        for tier in self.tiers:
+            tier.shift, tier.equalizer = self.shift, self.equalizer
+
+    def _quantize_tiers(self, x: torch.Tensor, tiers: torch.Tensor, counts: Sequence[int]) -> None:
+        """Quantize x (B, Hkv, n, dim), each token with the code of its tier."""
+        order = tiers.argsort(dim=2, stable=True).unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
+        parts = x.gather(2, order).split(list(counts), dim=2)
+        for store, part in zip((self, *self.tiers), parts, strict=True):
+            store._quantize(part)
+        empty = Slots(tiers[:, :, :0])
+        self.slots = (self.slots or empty).appended(tiers, counts)
+
+    def _quantize(self, x: torch.Tensor) -> None:
+        """Quantize x behind the packed rows of this store's code."""
+        if x.shape[2] == 0:
+            return
+        if self.pages is None:
+            self._append_rows(x)
+        else:
+            self._append_pages(x, self.pages)
+        self.n_rows += x.shape[2]
 
     def _append_rows(self, x: torch.Tensor) -> None:
         """Quantize x behind the packed rows."""
@@ -141,10 +233,10 @@ class Store:
             scale_dtype = getattr(torch, self.spec.scale_dtype)
             self.scales = x.new_empty((*lead, self.spec.scales_per_vector), dtype=scale_dtype)
         assert self.scales is not None, "rows have their scales beside them"
-        needed = self.n_packed + x.shape[2]
-        self.packed = self._grown(self.packed, 2, self.n_packed, needed, 1)
-        self.scales = self._grown(self.scales, 2, self.n_packed, needed, 1)
-        position = torch.tensor(self.n_packed)
+        needed = self.n_rows + x.shape[2]
+        self.packed = self._grown(self.packed, 2, self.n_rows, needed, 1)
+        self.scales = self._grown(self.scales, 2, self.n_rows, needed, 1)
+        position = torch.tensor(self.n_rows)
         cache_append_op.cache_append(
             self.packed, self.scales, x, position, self.shift, self.equalizer, self.spec.key
         )
@@ -157,14 +249,14 @@ class Store:
         if self.packed is None:
             shape = (x.shape[0], 0, x.shape[1], pages.page_bytes)
             self.packed = x.new_empty(shape, dtype=torch.uint8)
-        full, rest = divmod(self.n_packed, tokens)
+        full, rest = divmod(self.n_rows, tokens)
         if rest:
             old_codes, old_scales = pages.read(self.packed[:, full : full + 1])
             codes = torch.cat([old_codes[:, :, :rest], codes], 2)
             scales = torch.cat([old_scales[:, :, :rest], scales], 2)
         new = pages.write(codes, scales)
         stop = full + new.shape[1]
-        self.packed = self._grown(self.packed, 1, -(-self.n_packed // tokens), stop, tokens)
+        self.packed = self._grown(self.packed, 1, -(-self.n_rows // tokens), stop, tokens)
         self.packed[:, full:stop] = new
 
     def _grown(
@@ -187,6 +279,14 @@ class Store:
         packed = min(tokens - recent, self.n_packed)
         self.n_packed -= packed
         self.n_dense -= tokens - packed
+        if self.slots is None:
+            self.n_rows -= packed
+        else:
+            self.slots = self.slots.cropped(packed)
+            rows = self.slots.rows or (0,) * (1 + len(self.tiers))
+            for store, n in zip((self, *self.tiers), rows, strict=True):
+                store.n_rows = n
+            self.slots = self.slots if self.slots.blocks else None
 
     def view(self) -> torch.Tensor | SegmentedTensor | None:
         """Return all rows held, or None before the first."""
@@ -194,21 +294,24 @@ class Store:
 
     def _view_of(self, dense: torch.Tensor, first: int = 0) -> torch.Tensor | SegmentedTensor:
         """Return the packed rows from the first one on, and the dense ones."""
-        n = self.n_packed - first
-        if n == 0:
+        if self.n_packed == first:
             return dense
-        assert self.packed is not None, "packed rows are counted where they are stored"
+        sources = [store._source(dense.dtype, first) for store in (self, *self.tiers)]
+        assert sources[0] is not None, "every block has ordinary tokens"
+        return SegmentedTensor(dense, sources[0], self._n_sinks, tuple(sources[1:]), self.slots)
+
+    def _source(self, dtype: torch.dtype, first: int = 0) -> QuantTensor | PagedRows | None:
+        """Return the packed rows of this store's own code, None where there are none."""
+        n = self.n_rows - first
+        if self.packed is None or n == 0:
+            return None
         if self.pages is not None:
-            paged = PagedRows(
-                self.packed, n, self.pages, self.shift, self.equalizer, dense.dtype, first
-            )
-            return SegmentedTensor(dense, paged, self._n_sinks)
+            return PagedRows(self.packed, n, self.pages, self.shift, self.equalizer, dtype, first)
         assert self.scales is not None, "rows have their scales beside them"
-        packed = QuantTensor._make(
-            self.packed[:, :, first : self.n_packed],
-            self.scales[:, :, first : self.n_packed],
+        return QuantTensor._make(
+            self.packed[:, :, first : self.n_rows],
+            self.scales[:, :, first : self.n_rows],
             self.shift,
             self.equalizer,
-            (self.spec.key, self.spec.dim, dense.dtype, 1, False, "torch"),
+            (self.spec.key, self.spec.dim, dtype, 1, False, "torch"),
         )
-        return SegmentedTensor(dense, packed, self._n_sinks)

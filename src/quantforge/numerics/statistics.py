@@ -28,6 +28,20 @@ def equalizer_from_rms(rms: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.maximum(relative**EQUALIZER_EXPONENT, MIN_EQUALIZER)
 
 
+def key_equalizer(
+    key_rms: NDArray[np.float64], query_rms: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the equalizer (..., dim) of keys whose queries are known: sqrt(rms(k) / rms(q)).
+
+    With a rotation after it, the error of a logit is in proportion to the product of
+    `sum (k_i / e_i)^2` and `sum (q_i e_i)^2`, which is least for this e (Cauchy-Schwarz). Channels
+    that no query reads are treated as read a thousandth as much as the loudest.
+    """
+    peak = query_rms.max(axis=-1, keepdims=True)
+    floor = np.where(peak > 0, MIN_EQUALIZER * peak, 1.0)
+    return equalizer_from_rms(key_rms / np.maximum(query_rms, floor))
+
+
 def measure(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the shift and the equalizer, each (..., 1, dim), of vectors (..., n, dim)."""
     shift = x.mean(axis=-2, keepdims=True)

@@ -7,11 +7,32 @@ import torch
 from quantforge.numerics.statistics import EQUALIZER_EXPONENT, MIN_EQUALIZER
 
 
-def measure(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return shift and equalizer, each (..., 1, dim) float32, of vectors (..., n, dim)."""
+def measure(
+    x: torch.Tensor, query_rms: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shift and equalizer, each (..., 1, dim) float32, of vectors (..., n, dim).
+
+    Args:
+        x: float tensor.
+        query_rms: RMS of the channels (..., 1, dim) of the queries that x will meet, if known.
+    """
+    shift, rms = moments(x)
+    return shift, equalizer_of(rms, query_rms)
+
+
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean, and the RMS about it, of each channel: (..., 1, dim) float32."""
     x = x.to(torch.float32)
     shift = x.mean(-2, keepdim=True)
-    rms = (x - shift).square_().mean(-2, keepdim=True).sqrt_()
+    return shift, (x - shift).square_().mean(-2, keepdim=True).sqrt_()
+
+
+def equalizer_of(rms: torch.Tensor, query_rms: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the equalizer (..., 1, dim) of channels with some RMS (..., 1, dim)."""
+    if query_rms is not None:
+        peak = query_rms.amax(-1, keepdim=True)
+        floor = torch.where(peak > 0, MIN_EQUALIZER * peak, 1.0)
+        rms = rms / torch.maximum(query_rms, floor)
     peak = rms.amax(-1, keepdim=True)
     relative = torch.where(peak > 0, rms / peak, 1.0)
-    return shift, relative.pow_(EQUALIZER_EXPONENT).clamp_min_(MIN_EQUALIZER)
+    return relative.pow_(EQUALIZER_EXPONENT).clamp_min_(MIN_EQUALIZER)
