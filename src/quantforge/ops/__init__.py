@@ -8,6 +8,7 @@
     attention      softmax(q K^T) V, and its log-sum-exp
     decode_attention   the same for the last tokens, over pages and a dense remainder
     cache_append   quantize into preallocated buffers, in place
+    window_append  append to a dense window; pack the page that leaves it, in place
 
 A folder holds `api` (the public function), `op` (schema, fake and registration), `reference`
 (float64 numpy oracle) and `eager` (torch, any device). Importing this package registers all.
@@ -21,6 +22,7 @@ from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.quantize.api import quantize
 from quantforge.ops.scores.api import scores
 from quantforge.ops.search.api import search
+from quantforge.ops.window_append.api import window_append
 
 __all__ = [
     "attention",
@@ -31,4 +33,5 @@ __all__ = [
     "quantize",
     "scores",
     "search",
+    "window_append",
 ]

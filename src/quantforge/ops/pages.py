@@ -39,6 +39,12 @@ def _scale_order(tokens: int, inverse: bool, device: torch.device) -> torch.Tens
 
 
 @cached_constant
+def scale_places(tokens: int, device: torch.device) -> torch.Tensor:
+    """Return where the scale of each token stands in a page, (tokens,) int32."""
+    return torch.from_numpy(np.argsort(scale_order(tokens)).astype(np.int32)).to(device)
+
+
+@cached_constant
 def _sources(length: int, bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each bit of each code its byte, counted over the planes of a row, and its bit."""
     byte = np.empty((length, bits), np.int64)

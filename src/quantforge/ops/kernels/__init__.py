@@ -9,6 +9,8 @@ Codec (`quantize`, `dequantize`, `cache_append`)
     placement      which rows a program works on
     *_rows         the kernels; `*_odd_rows` for dims of 12, 20 or 28 times a power of two
     *_launch       their launchers, with axes, arguments and tuning
+Static caches (`window_append`)
+    window         write rows; pack the page that leaves the window, and move the rest up
 Products (`scores`, `search`, `combine`)
     decode, query, rows, products, score, select
 Attention

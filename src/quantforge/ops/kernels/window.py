@@ -1,0 +1,286 @@
+"""The kernel of `window_append`: one program for the keys, or the values, of one head.
+
+    dense    [ sinks ][ page to pack ][ recent ............... ][ room ]      rows are full
+             [ sinks ][ recent ............... ][ new ][ room          ]      after packing
+
+Nearly every launch only writes q rows; every `page` tokens one packs a page and moves the window up
+by a page, in steps whose rows do not overlap what is still to be read. All programs read `counts`;
+the last one to finish updates them.
+
+The codes of a page are spread over words as `numerics.pages` draws them. A code contributes bits to
+a word, a word is the sum of its contributions: along the channels of a token for keys, along the
+tokens of a channel for values, so a page is packed by two reductions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantforge.ops.kernels.codebook import nearest
+from quantforge.ops.kernels.encode import power_of_two, reciprocal, scale_factor, tree_sum
+from quantforge.ops.kernels.packing import store_codes
+from quantforge.ops.kernels.rotation import butterfly
+
+
+@triton.jit
+def _words(x, N: tl.constexpr, OTHER: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr):
+    """Sum contributions (tokens, channels) to words of 4 neighbours in each of PARTS parts.
+
+    N is the length of the axis that is packed: channels for keys, whose words are
+    (OTHER, N / PARTS / 4), or tokens for values, (N / PARTS / 4, OTHER).
+    """
+    WORDS: tl.constexpr = N // PARTS // 4
+    if KEYS:
+        x = tl.sum(tl.reshape(x, (OTHER, PARTS, WORDS, 4)), axis=3)
+        x = tl.sum(x, axis=1)
+    else:
+        x = tl.sum(tl.reshape(x, (PARTS, WORDS, 4, OTHER)), axis=2)
+        x = tl.sum(x, axis=0)
+    return x
+
+
+@triton.jit
+def _high_words(x, N: tl.constexpr, OTHER: tl.constexpr, KEYS: tl.constexpr):
+    """Sum contributions to the words of plane 1 of 3-bit codes: one for two words of plane 0."""
+    HALF: tl.constexpr = N // 32
+    if KEYS:
+        x = tl.sum(tl.reshape(x, (OTHER, 4, 2, HALF, 4)), axis=4)
+        x = tl.sum(tl.sum(x, axis=2), axis=1)
+    else:
+        x = tl.sum(tl.reshape(x, (4, 2, HALF, 4, OTHER)), axis=3)
+        x = tl.sum(tl.sum(x, axis=1), axis=0)
+    return x
+
+
+@triton.jit
+def _store_words(words, at, row, N: tl.constexpr, OTHER: tl.constexpr, KEYS: tl.constexpr):
+    """Store N words for each of OTHER rows: `_words` has them along axis 1 for keys, else 0."""
+    word = tl.arange(0, N)
+    if KEYS:
+        tl.store(at + row[:, None] * N + word[None, :], words)
+    else:
+        tl.store(at + row[None, :] * N + word[:, None], words)
+
+
+@triton.jit
+def _store_page(
+    codes, page_words, T: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr
+):
+    """Store the codes (T, D) of a page as planes of words; `page_words` points to int32."""
+    N: tl.constexpr = D if KEYS else T
+    OTHER: tl.constexpr = T if KEYS else D
+    PARTS: tl.constexpr = 2 if BITS == 4 else 4
+    index = tl.arange(0, N)
+    part = index // (N // PARTS)
+    i = index % 4
+    row = tl.arange(0, OTHER)
+    if BITS == 4:
+        symbol = tl.where(codes >= 8, codes ^ 8, codes ^ 15)
+        low = 16 * part + 4 * i
+        sign = 8 * i + 7 - 4 * part
+        if KEYS:
+            x = ((symbol & 7) << low[None, :]) | ((symbol >> 3) << sign[None, :])
+        else:
+            x = ((symbol & 7) << low[:, None]) | ((symbol >> 3) << sign[:, None])
+        words = _words(x, N, OTHER, PARTS, KEYS)
+        _store_words(words, page_words, row, N // 8, OTHER, KEYS)
+    else:
+        low = 16 * (part % 2) + 4 * i + 2 * (part // 2)
+        half = (index % (N // 4)) // (N // 8)
+        if KEYS:
+            x = (codes & 3) << low[None, :]
+            high = (codes >> 2) << (low + half)[None, :]
+        else:
+            x = (codes & 3) << low[:, None]
+            high = (codes >> 2) << (low + half)[:, None]
+        words = _words(x, N, OTHER, PARTS, KEYS)
+        _store_words(words, page_words, row, N // 16, OTHER, KEYS)
+        if BITS == 3:
+            words = _high_words(high, N, OTHER, KEYS)
+            at = page_words + T * D // 16
+            _store_words(words, at, row, N // 32, OTHER, KEYS)
+
+
+@triton.jit
+def _measure(
+    recent, count, statistics, other,
+    SHIFTS: tl.constexpr, EQUALIZES: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Measure shift and equalizer of `count` rows as `ops.measure` does, and store them."""
+    d = tl.arange(0, D)
+    r = tl.arange(0, R)
+    total = tl.zeros((D,), tl.float32)
+    for start in range(0, count, R):
+        inside = (start + r < count)[:, None]
+        at = recent + (start + r)[:, None] * D + d[None, :]
+        total += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
+    shift = total / count
+    square = tl.zeros((D,), tl.float32)
+    for start in range(0, count, R):
+        inside = (start + r < count)[:, None]
+        at = recent + (start + r)[:, None] * D + d[None, :]
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32) - shift[None, :]
+        square += tl.sum(tl.where(inside, x * x, 0.0), 0)
+    rms = tl.sqrt_rn(square / count)
+    peak = tl.max(rms, 0)
+    relative = tl.where(peak > 0, rms / tl.where(peak > 0, peak, 1.0), 1.0)
+    if SHIFTS:
+        tl.store(statistics + d, shift)
+    if EQUALIZES:  # EQUALIZER_EXPONENT is one half
+        tl.store(statistics + other + d, tl.maximum(tl.sqrt_rn(relative), LEAST))
+
+
+@triton.jit
+def _encode(
+    rows, row, inside, statistics, other, signs, table,
+    D: tl.constexpr, R: tl.constexpr, RULE: tl.constexpr, SLOPE: tl.constexpr, CELLS: tl.constexpr,
+    INV_SQRT_DIM: tl.constexpr,
+):  # fmt: skip
+    """Return codes (R, D) and fp16 scales (R, 1) of rows, as `numerics.encode` defines them."""
+    channel = tl.arange(0, D)[None, :]
+    v = tl.load(rows + row * D + channel, mask=inside, other=0.0).to(tl.float32)
+    v = v - tl.load(statistics + channel)
+    factor = tl.div_rn(1.0, tl.load(statistics + other + channel))
+    v = v * (factor * tl.load(signs + channel))
+    power, inverse_power = power_of_two(v, None)
+    v = v * inverse_power
+    norm = tl.sqrt_rn(tree_sum(v * v, None, R, D, None))
+    u = butterfly(v, channel, R, D, 0, 0) * reciprocal(norm)
+    codes, c = nearest(u, table, SLOPE, CELLS)
+    factor = scale_factor(u, c, None, RULE, D, R, D, None)
+    return codes, (norm * INV_SQRT_DIM * factor * power).to(tl.float16)
+
+
+@triton.jit
+def _move_up(recent, count, page, D: tl.constexpr, R: tl.constexpr):
+    """Move rows `page .. page + count` to the start, R <= page at a time: none reach the next."""
+    d = tl.arange(0, D)
+    r = tl.arange(0, R)
+    for start in range(0, count, R):
+        inside = (start + r < count)[:, None]
+        target = recent + (start + r)[:, None] * D + d[None, :]
+        moved = tl.load(target + page * D, mask=inside)
+        tl.debug_barrier()  # all have read before any writes
+        tl.store(target, moved, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _append(
+    dense, packed, words, halves, scales, statistics, other, signs, table, order, x, x_row,
+    head, page_at, n_packed, n_dense, due, fits, q, rows, n_sinks, page, tokens,
+    SHIFTS: tl.constexpr, EQUALIZES: tl.constexpr, LEAST: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr, SLOPE: tl.constexpr,
+    CELLS: tl.constexpr, INV_SQRT_DIM: tl.constexpr, PLANES: tl.constexpr, ROW_BYTES: tl.constexpr,
+    PAGED: tl.constexpr, KEYS: tl.constexpr, T: tl.constexpr, Q: tl.constexpr, MOVE: tl.constexpr,
+):  # fmt: skip
+    """Pack and move where due, then write the new rows where they fit."""
+    dense += head.to(tl.int64) * rows * D
+    statistics += head.to(tl.int64) * D
+    recent = dense + n_sinks * D
+    d = tl.arange(0, D)
+    if due:
+        if n_packed == 0:
+            _measure(
+                recent, n_dense - n_sinks, statistics, other, SHIFTS, EQUALIZES, LEAST, D, MOVE
+            )
+            tl.debug_barrier()  # other threads read what was measured
+        if PAGED:
+            row = tl.arange(0, T)[:, None]
+            codes, scale = _encode(
+                recent, row, row < T, statistics, other, signs, table,
+                D, T, RULE, SLOPE, CELLS, INV_SQRT_DIM,
+            )  # fmt: skip
+            PAGE_BYTES: tl.constexpr = T * (D * BITS // 8 + 2)
+            index = page_at.to(tl.int64)
+            _store_page(codes, words + index * (PAGE_BYTES // 4), T, D, BITS, KEYS)
+            at = halves + index * (PAGE_BYTES // 2) + T * D * BITS // 16
+            tl.store(at + tl.load(order + row), scale)
+        else:
+            for start in range(0, page, T):
+                row = start + tl.arange(0, T)[:, None]
+                codes, scale = _encode(
+                    recent, row, row < page, statistics, other, signs, table,
+                    D, T, RULE, SLOPE, CELLS, INV_SQRT_DIM,
+                )  # fmt: skip
+                target = head.to(tl.int64) * tokens + n_packed + row
+                store_codes(
+                    codes, packed + target * ROW_BYTES, row < page,
+                    T, D, D, 1, PLANES, False, None,
+                )  # fmt: skip
+                tl.store(scales + target, scale, mask=row < page)
+        _move_up(recent, rows - n_sinks - page, page, D, MOVE)
+        n_dense -= page
+    if fits:
+        r = tl.arange(0, Q)
+        inside = (r < q)[:, None]
+        new = tl.load(x + r[:, None] * x_row + d[None, :], mask=inside)
+        tl.store(dense + (n_dense + r)[:, None] * D + d[None, :], new, mask=inside)
+
+
+LENGTHS = [
+    "batch", "q", "rows", "n_sinks", "page", "tokens", "other_k", "other_v", "programs",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def window_append_kernel(
+    k_dense, v_dense, k_packed, v_packed, k_words, v_words, k_halves, v_halves,
+    k_scales, v_scales, k_statistics, v_statistics, counts,
+    key, value, k_signs, v_signs, k_table, v_table, order,
+    batch, q, rows, n_sinks, page, tokens, other_k, other_v, programs,
+    key_b, key_h, key_q, value_b, value_h, value_q,
+    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_RULE: tl.constexpr, V_RULE: tl.constexpr,
+    K_SLOPE: tl.constexpr, V_SLOPE: tl.constexpr, K_CELLS: tl.constexpr, V_CELLS: tl.constexpr,
+    K_INV_SQRT: tl.constexpr, V_INV_SQRT: tl.constexpr,
+    K_PLANES: tl.constexpr, V_PLANES: tl.constexpr,
+    K_ROW_BYTES: tl.constexpr, V_ROW_BYTES: tl.constexpr,
+    SHIFTS: tl.constexpr, EQUALIZES: tl.constexpr, LEAST: tl.constexpr,
+    PAGED: tl.constexpr, T: tl.constexpr, Q: tl.constexpr, MOVE: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Append to the keys and values of one head. Grid: (B * Hkv, 2)."""
+    head = tl.program_id(0)
+    b = head // HKV
+    h = head % HKV
+    n_packed = tl.load(counts + b)
+    n_dense = tl.load(counts + batch + b)
+    due = (n_dense + q > rows) & (n_packed + page <= tokens)
+    fits = n_dense + q - tl.where(due, page, 0) <= rows
+    page_at = (b * (tokens // page) + n_packed // page) * HKV + h
+    if tl.program_id(1) == 0:
+        _append(
+            k_dense, k_packed, k_words, k_halves, k_scales, k_statistics, other_k, k_signs,
+            k_table, order, key + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h, key_q,
+            head, page_at, n_packed, n_dense, due, fits, q, rows, n_sinks, page, tokens,
+            SHIFTS, EQUALIZES, LEAST,
+            D, K_BITS, K_RULE, K_SLOPE, K_CELLS, K_INV_SQRT, K_PLANES, K_ROW_BYTES,
+            PAGED, True, T, Q, MOVE,
+        )  # fmt: skip
+    else:
+        _append(
+            v_dense, v_packed, v_words, v_halves, v_scales, v_statistics, other_v, v_signs,
+            v_table, order, value + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h, value_q,
+            head, page_at, n_packed, n_dense, due, fits, q, rows, n_sinks, page, tokens,
+            SHIFTS, EQUALIZES, LEAST,
+            DV, V_BITS, V_RULE, V_SLOPE, V_CELLS, V_INV_SQRT, V_PLANES, V_ROW_BYTES,
+            PAGED, False, T, Q, MOVE,
+        )  # fmt: skip
+    tl.debug_barrier()  # every thread has read the counts
+    finished = tl.atomic_add(counts + 3 * batch, 1)
+    if finished == programs - 1:
+        for start in range(0, batch, B):
+            i = start + tl.arange(0, B)
+            inside = i < batch
+            packed = tl.load(counts + i, mask=inside, other=0)
+            dense = tl.load(counts + batch + i, mask=inside, other=0)
+            full = (dense + q > rows) & (packed + page <= tokens)
+            moved = tl.where(full, page, 0)
+            taken = dense + q - moved <= rows
+            tl.store(counts + i, packed + moved, mask=inside)
+            tl.store(counts + batch + i, dense - moved + tl.where(taken, q, 0), mask=inside)
+            lost = tl.load(counts + 2 * batch + i, mask=inside, other=0)
+            tl.store(counts + 2 * batch + i, lost + tl.where(taken, 0, q), mask=inside)
+        tl.store(counts + 3 * batch, 0)
