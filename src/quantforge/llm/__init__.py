@@ -1,5 +1,6 @@
 """Quantized KV caches for transformers models."""
 
+from quantforge.llm.attention import quantforge_attention
 from quantforge.llm.cache import QuantForgeCache
 from quantforge.llm.fidelity import Fidelity, fidelity
 from quantforge.llm.options import CacheConfig
@@ -11,5 +12,6 @@ __all__ = [
     "QuantForgeCache",
     "fidelity",
     "patch_model",
+    "quantforge_attention",
     "unpatch_model",
 ]

@@ -105,6 +105,12 @@ class SegmentedTensor(torch.Tensor):
         out._see = self._see
         return out
 
+    def unseen(self) -> SegmentedTensor:
+        """Return the same rows, which show no query to their layer."""
+        out = self._but()
+        out._see = None
+        return out
+
     @property
     def sources(self) -> tuple[Source, ...]:
         """The packed rows of each tier that has some, the ordinary one first."""
@@ -319,6 +325,7 @@ def attend_pages(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float = 0.0,
+    window: int = 0,
 ) -> Partial:
     """Attend to all rows in one fused operator, where `is_fused` allows it."""
     k, v = key.source, value.source
@@ -340,7 +347,7 @@ def attend_pages(
         *(key.dense, value.dense, None, key.dense.shape[2], key.n_sinks),
         *(mask, False),
         *(k.shift, k.equalizer, v.shift, v.equalizer),
-        *(scale, softcap, 0),
+        *(scale, softcap, window),
         *(k.format.spec.key, v.format.spec.key),
     )
     return out, lse

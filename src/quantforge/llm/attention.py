@@ -1,0 +1,189 @@
+"""`attn_implementation="quantforge"`: transformers' attention, straight to the operators on codes.
+
+A `QuantForgeCache` works with "sdpa" and "eager" too, whose calls it intercepts. This one spares
+the interception, and does what "sdpa" cannot and "eager" does by writing out all logits: soft-caps
+(Gemma 2), attention sinks (gpt-oss), sliding windows.
+
+    no cache, a first prompt      torch SDPA; with caps or sinks a few query rows at a time
+    pages, few queries            one fused operator
+    else                          packed and dense segments, merged by their log-sum-exp
+
+A sink is a segment with the output 0 and the log-sum-exp `s_aux` (arXiv 2309.17453, section 3.3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from quantforge.dispatch.gradient import forward_only
+from quantforge.errors import UnsupportedError
+from quantforge.llm.observe import WatchedTensor
+from quantforge.llm.segments import SegmentedTensor, attend_pages, attend_rows, is_fused, show
+from quantforge.ops.merge import MAX_LOGITS, Partial, dense_attention, merge_partials
+
+NAME = "quantforge"
+
+
+def quantforge_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers asks; keys and values are dense or come from a `QuantForgeCache`.
+
+    Args:
+        module: the attention layer.
+        query: (B, Hq, q, dim).
+        key: (B, Hkv, n, dim).
+        value: (B, Hkv, n, value dim).
+        attention_mask: bool or additive, broadcasting to (B, Hq, q, n), or None.
+        dropout: of the weights, in training without a cache.
+        scaling: of the logits; 1 / sqrt(dim) if None.
+        is_causal: whether a call without a mask is causal; what the module says if None.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        s_aux: (Hq,) logits of the sinks.
+        sliding_window: tokens that a query sees; a mask, where there is one, says so too.
+        position_bias: added to the logits, as T5 does.
+        **kwargs: what "sdpa" takes.
+
+    Returns:
+        output (B, q, Hq, value dim), and None for the weights.
+
+    Raises:
+        UnsupportedError: for dropout on packed keys, caps or sinks.
+    """
+    capped = softcap is not None or s_aux is not None
+    if not isinstance(key, SegmentedTensor) and not capped:
+        if position_bias is not None:
+            kwargs["position_bias"] = position_bias
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, **kwargs,
+        )  # fmt: skip
+    if dropout:
+        raise UnsupportedError(
+            "dropout belongs to training, which packed keys, soft-caps and sinks do not support "
+            'here; use model.eval() or attn_implementation="eager"'
+        )
+    length = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and length > 1 and attention_mask is None
+    if causal and not isinstance(key, SegmentedTensor) and key.shape[2] > length:
+        key, value = key[:, :, :length], value[:, :, :length]  # a static cache, filled in part
+    mask = attention_mask
+    if mask is None:
+        mask = _positions(query, key.shape[2], causal, sliding_window)
+    if position_bias is not None:
+        mask = _with_bias(mask, position_bias)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        parts = _partials(q, key, value, mask, scale, softcap or 0.0, sliding_window or 0)
+        if s_aux is not None:
+            lse = s_aux.float().view(1, -1, 1).expand_as(parts[0][1])
+            parts.append((torch.zeros((), device=q.device), lse))
+        out = merge_partials(parts) if len(parts) > 1 else parts[0][0]
+        return out.to(q.dtype)
+
+    out = forward_only(run, query) if isinstance(key, SegmentedTensor) else run(query)
+    show(query, key, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _positions(
+    query: torch.Tensor, n: int, causal: bool, window: int | None
+) -> torch.Tensor | None:
+    """Return the mask (1, 1, q, n) where the last query is the last token, None if it is all."""
+    narrow = window is not None and n > window
+    if not causal and not narrow:
+        return None
+    place = torch.arange(n, device=query.device)
+    own = place[n - query.shape[2] :, None]
+    seen = place <= own if causal else torch.ones_like(place <= own)
+    if window is not None:
+        seen = seen & (place > own - window)
+    return seen[None, None]
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return mask + bias
+
+
+def _partials(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> list[Partial]:
+    if isinstance(key, SegmentedTensor) and isinstance(value, SegmentedTensor):
+        if is_fused(query, key, value, mask):
+            # several queries may see both ways, as the tokens of an image do
+            window = window if query.shape[2] == 1 else 0
+            return [attend_pages(query, key, value, mask, scale, softcap, window)]
+        if not softcap:
+            return attend_rows(query, key, value, mask, scale)
+        return [_by_rows(query, key.unseen(), value, mask, scale, softcap)]
+    if isinstance(key, WatchedTensor):
+        key = key.as_subclass(torch.Tensor)
+    if not softcap and not (torch.is_grad_enabled() and query.requires_grad):
+        return [dense_attention(query, key, value, mask, scale)]
+    return [_by_rows(query, key, value, mask, scale, softcap)]
+
+
+def _by_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Partial:
+    """Attend with logits written out in float32, a few query rows at a time."""
+    batch, heads, length, _ = query.shape
+    kv_heads, n = key.shape[1], key.shape[2]
+    step = max(1, MAX_LOGITS // max(1, batch * heads * n))
+    outs, lses = [], []
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        grouped = query[:, :, rows].reshape(batch, kv_heads, -1, query.shape[-1])
+        logits = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
+        logits = logits.view(batch, heads, -1, n)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            tile = mask[:, :, rows] if mask.shape[2] > 1 else mask
+            fits = tile.dtype == torch.bool
+            logits = logits.masked_fill(~tile, -torch.inf) if fits else logits + tile
+        lse = logits.logsumexp(-1)
+        finite = torch.where(lse == -torch.inf, 0.0, lse)
+        weights = (logits - finite[..., None]).exp().to(query.dtype)
+        out = torch.matmul(weights.view(batch, kv_heads, -1, n), value)
+        outs.append(out.view(batch, heads, -1, value.shape[-1]))
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+AttentionInterface.register(NAME, quantforge_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
