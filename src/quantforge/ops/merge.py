@@ -96,11 +96,11 @@ def _flash_cuda(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> Partial:
     op = torch.ops.aten._scaled_dot_product_flash_attention.default
-    result = op(_aligned(query), _aligned(key), _aligned(value), scale=scale)
+    result = op(aligned(query), aligned(key), aligned(value), scale=scale)
     return result[0], result[1]
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """Return x with rows that the flash kernel can load: adjacent, at multiples of 16 bytes."""
     starts = (x.storage_offset(), *x.stride()[:-1])
     if x.stride(-1) == 1 and not any(start % FLASH_ALIGNMENT for start in starts):
