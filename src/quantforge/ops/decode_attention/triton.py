@@ -14,6 +14,7 @@ import torch
 
 from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
 from quantforge.ops import constants
+from quantforge.ops.decode_attention import extend
 from quantforge.ops.decode_attention.edges import merge_kernel, project_kernel
 from quantforge.ops.decode_attention.lookup import HALVE, LOAD_BY_LANE, lookup
 from quantforge.ops.launch import cannot_run_on, capability, multiprocessors
@@ -257,6 +258,17 @@ def decode_attention(
     batch, heads, q_len, dim = query.shape
     kv_heads = k_pages.shape[1]
     rows = heads // kv_heads * q_len
+    if rows >= extend.MIN_ROWS:
+        varying = (seqlens, dense_lens, starts, mask)
+        varies = any(t is not None for t in varying) or softcap != 0 or window != 0
+        n_own = 0 if k_dense is None else n_dense - n_sinks
+        key_value = (k_spec_key, v_spec_key)
+        fits = extend.reason_against(query, kv_heads, n_tokens, n_own, is_causal, varies, key_value)
+        if fits is None:
+            return extend.extend_attention(
+                query, k_pages, v_pages, page_table, n_tokens, k_dense, v_dense, n_dense,
+                is_causal, k_shift, k_equalizer, v_shift, v_equalizer, scale, *key_value,
+            )  # fmt: skip
     width = 8 if rows <= 8 else 16
     groups = _ceil_div(rows, width)
     key_heads = batch * kv_heads
