@@ -36,6 +36,7 @@ from quantforge.spec import E4M3_MAX_BITS, CodebookName
 
 OPTIONS = CacheConfig()
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+MASKED_QUERIES = 16
 KV = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -187,9 +188,16 @@ class Layer:
         return result[0], result[1]
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
-        """Return which tokens each query sees, as a model passes it; None for one query."""
+        """Return which tokens each query sees; None for one query.
+
+        A few queries bring a mask, as models pass it. For many it is a `causal_lower_right`, which
+        the baselines get too: a captured call may not look into a mask, while a model's is looked
+        at once for all its layers.
+        """
         if self.q_len == 1:
             return None
+        if self.q_len > MASKED_QUERIES and device.type == "cuda":
+            return causal_lower_right(self.q_len, self.length)
         shape = (1, 1, self.q_len, self.length)
         return torch.ones(shape, dtype=torch.bool, device=device).tril_(self.length - self.q_len)
 

@@ -3,10 +3,10 @@
     logical rows    [ sinks ][ packed history ............... ][ recent window ]
     held as         dense[:n_sinks]   rows or pages of codes     dense[n_sinks:]
 
-A few queries over pages run in one fused operator. Otherwise attention runs over the packed rows by
+Queries over pages run in one operator. Otherwise attention runs over the packed rows by
 the operator that reads codes, over the dense rows by a flash kernel, and the two are merged by
-their log-sum-exp. Tokens of other bits (`importance`) are further segments. Like `QuantTensor` it refuses what it
-cannot do on codes.
+their log-sum-exp. Tokens of other bits (`importance`) are further segments. Like `QuantTensor` it
+refuses what it cannot do on codes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import UnsupportedError
@@ -26,6 +27,7 @@ from quantforge.llm.paged import PagedRows
 from quantforge.llm.tiers import Source, combine, decode, logits, mask_of_tier, rows_of
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.decode_attention import op as decode_op
+from quantforge.ops.masks import is_plainly_causal
 from quantforge.ops.merge import Partial, dense_attention, merge_partials
 from quantforge.tensor import QuantTensor
 
@@ -247,8 +249,15 @@ def _attention(
         raise UnsupportedError("dropout belongs to training, which packed codes do not support")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = autocast(query)
+    aligned = False
+    if isinstance(attn_mask, CausalBias):
+        aligned = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        aligned = aligned and is_fused(query, key, value, None)
+        attn_mask = None if aligned else attn_mask._materialize(query.device)[None, None]
     if is_fused(query, key, value, attn_mask):
-        run = partial(attend_pages, key=key, value=value, mask=attn_mask, scale=scale)
+        run = partial(
+            attend_pages, key=key, value=value, mask=attn_mask, scale=scale, is_causal=aligned
+        )
         out = forward_only(lambda q: run(q)[0], query)
         show(query, key, scale)
         return out
@@ -299,9 +308,8 @@ def _history(
     )
 
 
-FUSED_ROWS = 64
-"""Query rows of a key head up to which decode attention, which reads codes again for every 16 of
-them, is chosen over tiles of decoded history."""
+LOOK_ROWS = 64
+"""Query rows of a key head from which a mask is looked at: a plainly causal one is left out."""
 
 
 def is_fused(
@@ -311,11 +319,10 @@ def is_fused(
     paged = isinstance(key.source, PagedRows) and isinstance(value.source, PagedRows)
     if not paged or key.slots is not None:
         return False
-    rows = query.shape[1] // key.dense.shape[1] * query.shape[2]
     plain = mask is None or (
         mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[-1] == key.shape[-2]
     )
-    return rows <= FUSED_ROWS and query.dtype == key.dense.dtype and plain
+    return query.dtype == key.dense.dtype and plain
 
 
 def attend_pages(
@@ -326,13 +333,20 @@ def attend_pages(
     scale: float,
     softcap: float = 0.0,
     window: int = 0,
+    is_causal: bool = False,
 ) -> Partial:
-    """Attend to all rows in one fused operator, where `is_fused` allows it."""
+    """Attend to all rows in one fused operator, where `is_fused` allows it.
+
+    is_causal: the last query is the last row; a mask may say more.
+    """
     k, v = key.source, value.source
     assert isinstance(k, PagedRows), "checked by is_fused"
     assert isinstance(v, PagedRows), "checked by is_fused"
     if query.stride(-1) != 1:
         query = query.contiguous()
+    rows = query.shape[1] // key.dense.shape[1] * query.shape[2]
+    if mask is not None and rows >= LOOK_ROWS and is_plainly_causal(mask):
+        mask, is_causal = None, True
     starts = None
     if k.first:  # the operator counts positions, and columns of the mask, from the first page
         starts = torch.full((len(query),), k.first, dtype=torch.int32, device=query.device)
@@ -345,7 +359,7 @@ def attend_pages(
         v.pages.flatten(0, 1),
         *(None, None, k.first + k.n, starts),
         *(key.dense, value.dense, None, key.dense.shape[2], key.n_sinks),
-        *(mask, False),
+        *(mask, is_causal),
         *(k.shift, k.equalizer, v.shift, v.equalizer),
         *(scale, softcap, window),
         *(k.format.spec.key, v.format.spec.key),
