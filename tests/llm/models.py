@@ -30,25 +30,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "phi3": {"num_key_value_heads": 4, "head_dim": 16, "original_max_position_embeddings": 1024},
-    "gemma2": {"sliding_window": 48, "query_pre_attn_scalar": 32},
+    "gemma2": {
+        "sliding_window": 48,
+        "query_pre_attn_scalar": 32,
+        "attn_logit_softcapping": 3.0,  # low enough to bend the logits of random weights
+    },
     "gemma3_text": {
         "sliding_window": 48,
         "query_pre_attn_scalar": 32,
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "gpt_neox": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": {
+        "sliding_window": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "falcon": {"head_dim": None, "multi_query": True, "parallel_attn": True, "alibi": False},
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
 }
 SETTINGS: dict[str, Any] = {"sinks": 4, "window": 16, "page_size": 8}
 """Small pages and window, so that short texts fill several pages."""
 
 
+def config_of(family: str, **changes: Any) -> Any:
+    """Return the config of a small model of a family."""
+    sizes = SIZES | (FAMILIES | HYBRIDS)[family] | changes
+    settings = {k: v for k, v in sizes.items() if (k, v) != ("head_dim", None)}
+    return AutoConfig.for_model(family, **settings)
+
+
 def random_model(family: str, attention: str = "sdpa", **changes: Any) -> Any:
     """Return a model of a family with random float32 weights, the same on every call."""
     torch.manual_seed(0)
-    sizes = SIZES | FAMILIES[family] | changes
-    settings = {k: v for k, v in sizes.items() if (k, v) != ("head_dim", None)}
-    config = AutoConfig.for_model(family, **settings)
+    config = config_of(family, **changes)
     config._attn_implementation = attention
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 

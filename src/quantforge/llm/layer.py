@@ -43,7 +43,7 @@ class QuantForgeLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     is_croppable = True
-    supports_early_init = False
+    supports_early_init = True
     _keys: Any
     _values: Any
 
@@ -71,6 +71,13 @@ class QuantForgeLayer(CacheLayerMixin):
         self._add_tiers(key.dim, value.dim)
         self._queries = Queries(RECENT if self._keys.tiers else 0)
         self.is_initialized = True
+
+    def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Return whether codes were chosen, early ones for dims that turned out right."""
+        if not self.is_initialized or self.get_seq_length():
+            return self.is_initialized
+        dims = (self._keys.spec.dim, self._values.spec.dim)
+        return dims == (key_states.shape[-1], value_states.shape[-1])
 
     def _new_store(self, spec: QuantSpec, pages: PageFormat | None) -> Store:
         return Store(self.options, spec, pages)
@@ -115,7 +122,7 @@ class QuantForgeLayer(CacheLayerMixin):
                 "keys and values must be (batch, heads, tokens, dim), alike but for dim; got "
                 f"{tuple(key_states.shape)} and {tuple(value_states.shape)}"
             )
-        if not self.is_initialized:
+        if not self._fits(key_states, value_states):
             self.lazy_initialization(key_states, value_states)
         if self.device != key_states.device:  # the layers of a model may have been moved
             self.to(key_states.device)

@@ -126,6 +126,19 @@ class WindowStore(Store):
         buffer[:, :, :n] = rows
         return buffer
 
+    @property
+    def _most(self) -> int:
+        """Entries of packed buffers that are always enough between two calls of `_reclaim`."""
+        tokens = self.keep + self._slack + self.options.page_size
+        return -(-tokens // self._unit) + 1
+
+    def _grown(
+        self, buffer: torch.Tensor, dim: int, used: int, needed: int, tokens: int
+    ) -> torch.Tensor:
+        grown = super()._grown(buffer, dim, used, needed, tokens)
+        most = max(needed, self._most)
+        return grown if grown.shape[dim] <= most else grown.narrow(dim, 0, most).clone()
+
     def _reclaim(self) -> None:
         """Move the packed rows that are alive to the front of a new buffer.
 
@@ -133,8 +146,7 @@ class WindowStore(Store):
         """
         dead = self.first // self._unit
         used = -(-self.n_packed // self._unit) - dead
-        least = self.keep + self._slack + self.options.page_size
-        capacity = max(used, -(-least // self._unit) + 1)
+        capacity = max(used, self._most)
         for name, axis in (("packed", 2 if self.pages is None else 1), ("scales", 2)):
             if (old := getattr(self, name)) is None:
                 continue
