@@ -19,12 +19,13 @@ from quantforge.errors import ConfigError, UnsupportedError
 from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.prompt_cache import PromptCache
 from quantforge.llm.sliding import QuantForgeSlidingLayer
 
 SLIDING = ("sliding_attention", "chunked_attention")
 
 
-class QuantForgeCache(DynamicCache):
+class QuantForgeCache(PromptCache, DynamicCache):
     """A drop-in KV cache: `model.generate(..., past_key_values=QuantForgeCache())`.
 
     Each layer keeps `[ sinks | packed pages | recent window ]`: the first and the latest tokens in

@@ -10,7 +10,9 @@ replaced, not compacted: a view handed out in the same step still reads the old 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 
@@ -47,6 +49,7 @@ class Store:
         slots: where the tokens of tiers are; None without tiers or packed tokens.
         moments: mean, and RMS about it, of the channels when the first page was packed.
         query_rms: RMS of the channels of the queries seen by then, None for values.
+        shared: whether packed rows belong to a copy too, and are copied before they are written.
     """
 
     def __init__(
@@ -66,6 +69,17 @@ class Store:
         self.query_rms: torch.Tensor | None = None
         self.tiers: list[Store] = []
         self.slots: Slots | None = None
+        self.shared = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy what is written in place; packed rows are shared until one of the two packs more."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        with torch.inference_mode(False), torch.no_grad():
+            twin.dense = None if self.dense is None else self.dense.clone()
+        twin.tiers = copy.deepcopy(self.tiers, memo)
+        self.shared = twin.shared = True
+        return twin
 
     def add_tier(self, spec: QuantSpec) -> None:
         """Give tokens that are important a code of their own."""
@@ -236,6 +250,7 @@ class Store:
         needed = self.n_rows + x.shape[2]
         self.packed = self._grown(self.packed, 2, self.n_rows, needed, 1)
         self.scales = self._grown(self.scales, 2, self.n_rows, needed, 1)
+        self.shared = False
         position = torch.tensor(self.n_rows)
         cache_append_op.cache_append(
             self.packed, self.scales, x, position, self.shift, self.equalizer, self.spec.key
@@ -257,13 +272,14 @@ class Store:
         new = pages.write(codes, scales)
         stop = full + new.shape[1]
         self.packed = self._grown(self.packed, 1, -(-self.n_rows // tokens), stop, tokens)
+        self.shared = False
         self.packed[:, full:stop] = new
 
     def _grown(
         self, buffer: torch.Tensor, dim: int, used: int, needed: int, tokens: int
     ) -> torch.Tensor:
-        """Return the buffer with room for `needed` entries of some tokens along an axis."""
-        if needed <= buffer.shape[dim]:
+        """Return a buffer of one's own with room for `needed` entries of some tokens on an axis."""
+        if needed <= buffer.shape[dim] and not self.shared:
             return buffer
         least = -(-GROWTH_PAGES * self.options.page_size // tokens)
         capacity = max(needed, used + max(used // 8, least)) if buffer.shape[dim] else needed

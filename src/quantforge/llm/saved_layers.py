@@ -1,0 +1,318 @@
+"""Layers of a cache as named tensors and numbers, and back: what a file holds of each.
+
+    keys              packed rows (B, Hkv, n, dim), with their scales, shift and equalizer
+    keys.dense        [ sinks ][ recent ] in the model's dtype
+    keys.tier1, ...   packed rows of important tokens; slots (B, Hkv, n) says whose rows are where
+    keys.mean, .rms   of the channels, when the first page was packed; keys.query_rms: of queries
+    values, ...       likewise
+    queries...        what the layer remembers of its queries
+
+Rows are the one layout of files. A layer that holds pages writes the same codes as rows, and reads
+rows into pages where its device has the kernel for them, so a file does not depend on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from quantforge.errors import FormatError, UnsupportedError
+from quantforge.llm.importance import Slots
+from quantforge.llm.latent import LatentLayer
+from quantforge.llm.layer import QuantForgeLayer
+from quantforge.llm.options import CacheConfig
+from quantforge.llm.paged import PagedRows
+from quantforge.llm.sliding import QuantForgeSlidingLayer
+from quantforge.llm.store import Store
+from quantforge.ops.pages import codes_of
+from quantforge.tensor import QuantTensor
+
+PAGES_AT_ONCE = 64
+"""Pages converted at a time: their codes take a byte or more each on the way."""
+
+Tensors = dict[str, torch.Tensor]
+Fields = dict[str, Any]
+
+SAVED = {
+    "dense", "packed", "scales", "shift", "equalizer", "moments", "query_rms", "tiers", "slots",
+    "n_dense", "n_packed", "n_rows", "first",
+}  # fmt: skip
+DERIVED = {"options", "spec", "pages", "shared", "keep", "recording", "_packs", "_unit", "_slack"}
+
+
+# ---- packed rows ------------------------------------------------------------------------------
+
+
+def _write_store(name: str, store: Store) -> Tensors:
+    if unknown := set(vars(store)) - SAVED - DERIVED:
+        raise UnsupportedError(
+            f"files of this version do not hold {sorted(unknown)} of a {type(store).__name__}; "
+            "save a cache without the setting that needs it"
+        )
+    assert store.dense is not None, "an initialized store has dense rows"
+    tensors: Tensors = {f"{name}.dense": store.dense[:, :, : store.n_dense]}
+    first = getattr(store, "first", 0)
+    for part, tier in _tiers(name, store):
+        if tier.n_rows > first:
+            tensors[part] = _rows(tier, first, store.dense.dtype)
+    if store.n_packed and store.moments is not None:
+        tensors[f"{name}.mean"], tensors[f"{name}.rms"] = store.moments
+    if store.n_packed and store.query_rms is not None:
+        tensors[f"{name}.query_rms"] = store.query_rms
+    return tensors
+
+
+def _tiers(name: str, store: Store) -> Iterator[tuple[str, Store]]:
+    yield name, store
+    for i, tier in enumerate(store.tiers, 1):
+        yield f"{name}.tier{i}", tier
+
+
+def _rows(store: Store, first: int, dtype: torch.dtype) -> QuantTensor:
+    """Return the packed rows from the first one on, whatever their layout."""
+    assert store.packed is not None, "rows are counted where they are stored"
+    if store.pages is None:
+        assert store.scales is not None, "rows have their scales beside them"
+        packed = store.packed[:, :, first : store.n_rows]
+        scales = store.scales[:, :, first : store.n_rows]
+    else:
+        step = PAGES_AT_ONCE * store.pages.layout.tokens
+        starts = range(first, store.n_rows, step)
+        parts = [
+            PagedRows(
+                store.packed, min(step, store.n_rows - i), store.pages, None, None, dtype, i
+            ).rows
+            for i in starts
+        ]
+        packed = torch.cat([part.packed for part in parts], 2)
+        scales = torch.cat([part.scales for part in parts], 2)
+    return QuantTensor(
+        packed, scales, store.spec, shift=store.shift, equalizer=store.equalizer, dtype=dtype
+    )
+
+
+def _fill_store(name: str, store: Store, dense: torch.Tensor, tensors: Tensors) -> None:
+    """Give a new store its tokens, as far as a store without tiers knows where they are."""
+    store.dense, store.n_dense = dense, dense.shape[2]
+    for part, tier in _tiers(name, store):
+        rows = tensors.get(part)
+        if rows is not None:
+            _check_rows(part, tier, dense, rows)
+            _fill_rows(tier, rows)
+    store.n_packed = store.n_rows
+    if f"{name}.mean" in tensors and f"{name}.rms" in tensors:
+        store.moments = (tensors[f"{name}.mean"], tensors[f"{name}.rms"])
+    store.query_rms = tensors.get(f"{name}.query_rms")
+
+
+def _fill_rows(store: Store, rows: Any) -> None:
+    store.n_rows, store.shift, store.equalizer = rows.shape[2], rows.shift, rows.equalizer
+    if store.pages is None:
+        store.packed, store.scales = rows.packed, rows.scales
+        return
+    step = PAGES_AT_ONCE * store.pages.layout.tokens
+    dim, bits = store.spec.dim, store.spec.bits
+    pages = [
+        store.pages.write(
+            codes_of(rows.packed[:, :, i : i + step], dim, bits), rows.scales[:, :, i : i + step, 0]
+        )
+        for i in range(0, rows.shape[2], step)
+    ]
+    store.packed = torch.cat(pages, 1).contiguous()
+
+
+def _check_rows(name: str, store: Store, dense: torch.Tensor, rows: torch.Tensor) -> None:
+    if not isinstance(rows, QuantTensor) or rows.ndim != 4:
+        raise FormatError(f"{name} must be packed rows (batch, heads, tokens, dim)")
+    if rows.spec != store.spec:
+        raise FormatError(f"{name}: spec must be {store.spec}, by the settings; got {rows.spec}")
+    if (*rows.shape[:2], rows.dtype) != (*dense.shape[:2], dense.dtype):
+        raise FormatError(
+            f"{name} has batch and heads {tuple(rows.shape[:2])} of {rows.dtype}, and its dense "
+            f"rows have {tuple(dense.shape[:2])} of {dense.dtype}"
+        )
+    shape = (*rows.shape[:2], 1, rows.shape[3])
+    for part, wanted in (("shift", store.options.shift), ("equalizer", store.options.equalizer)):
+        t = getattr(rows, part)
+        if (t is not None) != wanted or (t is not None and tuple(t.shape) != shape):
+            got = "nothing" if t is None else tuple(t.shape)
+            raise FormatError(
+                f"{name}: {part} must be {shape if wanted else 'nothing'}, by the settings; got "
+                f"{got}"
+            )
+
+
+# ---- layers of ours ---------------------------------------------------------------------------
+
+
+def _write_packed(layer: QuantForgeLayer) -> Tensors:
+    stores = layer._stores()
+    if not stores or stores[0].dense is None:
+        return {}
+    tensors = _write_store("keys", stores[0]) | _write_store("values", stores[1])
+    if (slots := stores[0].slots) is not None:
+        tensors["slots"] = slots.tiers
+        tensors["slots.blocks"] = torch.tensor(slots.blocks, dtype=torch.int32)
+        dead = torch.tensor(slots.dead, dtype=torch.int32)
+        tensors["slots.dead"] = dead.reshape(len(slots.dead), 2)
+    queries = layer._queries
+    latest = queries.latest()
+    if latest is not None:
+        tensors["queries.recent"] = latest
+    if queries.squares is not None:
+        scale = torch.nan if queries.scale is None else queries.scale
+        tensors["queries.squares"] = queries.squares
+        tensors["queries.rows_scale"] = torch.tensor([queries.rows, scale], dtype=torch.float64)
+    return tensors
+
+
+def _fill_packed(layer: QuantForgeLayer, tensors: Tensors) -> None:
+    if not tensors:
+        return
+    dense = _pair(tensors)
+    layer.lazy_initialization(*dense)
+    stores = (layer._keys, layer._values)
+    for name, store, rows in zip(("keys", "values"), stores, dense, strict=True):
+        _fill_store(name, store, rows, tensors)
+    for keys, values in zip(*(list(_tiers("", store)) for store in stores), strict=True):
+        if keys[1].n_rows != values[1].n_rows:
+            raise FormatError(
+                f"values{values[0]} must have as many packed rows as the keys; got "
+                f"{values[1].n_rows} and {keys[1].n_rows}"
+            )
+    if layer._keys.tiers and layer._keys.n_rows:
+        slots = _slots(layer._keys, tensors)
+        for store in stores:
+            store.slots, store.n_packed = slots, slots.alive
+    _fill_queries(layer, tensors)
+
+
+def _slots(store: Store, tensors: Tensors) -> Slots:
+    """Return whose rows are where, checked against the rows."""
+    for name, dtype in (
+        ("slots", torch.uint8),
+        ("slots.blocks", torch.int32),
+        ("slots.dead", torch.int32),
+    ):
+        if name not in tensors or tensors[name].dtype != dtype:
+            raise FormatError(f"{name} must be an array of {dtype}, as tokens have tiers")
+    tiers = tensors["slots"]
+    blocks, dead = (tensors[f"slots.{name}"].cpu() for name in ("blocks", "dead"))
+    rows = torch.tensor([tier.n_rows for _, tier in _tiers("", store)])
+    fits = blocks.ndim == 2 and torch.equal(blocks.sum(0), rows) and store.dense is not None
+    if not fits or tuple(tiers.shape) != (*store.dense.shape[:2], int(rows.sum())):  # type: ignore[union-attr]
+        raise FormatError("slots and slots.blocks must count the packed rows of all tiers")
+    for tier, n in enumerate(rows.tolist()):
+        if not bool(((tiers == tier).sum(-1) == n).all()):
+            raise FormatError(f"slots must name {n} tokens of tier {tier} in each head")
+    spans = dead.tolist()
+    if dead.ndim != 2 or any(not 0 <= a < b <= tiers.shape[2] for a, b in spans):
+        raise FormatError(f"slots.dead must lie within the {tiers.shape[2]} slots")
+    return Slots(tiers, tuple(map(tuple, blocks.tolist())), tuple(map(tuple, spans)))
+
+
+def _fill_queries(layer: QuantForgeLayer, tensors: Tensors) -> None:
+    queries = layer._queries
+    if "queries.recent" in tensors:
+        queries.recent = [tensors["queries.recent"]]
+    if "queries.squares" in tensors:
+        numbers = tensors.get("queries.rows_scale", torch.empty(0))
+        if numbers.shape != (2,):
+            raise FormatError("queries.rows_scale must hold two numbers")
+        rows, scale = numbers.tolist()
+        queries.squares, queries.rows = tensors["queries.squares"], int(rows)
+        queries.scale = None if scale != scale else scale
+
+
+def _pair(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dense keys and values that fit each other."""
+    for name in ("keys.dense", "values.dense"):
+        if name not in tensors:
+            raise FormatError(f"the array {name!r} is missing from the file")
+    keys, values = tensors["keys.dense"], tensors["values.dense"]
+    alike = keys.ndim == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
+    if not alike or not keys.is_floating_point() or isinstance(keys, QuantTensor):
+        raise FormatError(
+            "keys.dense and values.dense must be (batch, heads, tokens, dim), alike but for dim; "
+            f"got {tuple(keys.shape)} of {keys.dtype} and {tuple(values.shape)} of {values.dtype}"
+        )
+    return keys, values
+
+
+# ---- layers of transformers -------------------------------------------------------------------
+
+
+def _write_dense(layer: DynamicLayer) -> Tensors:
+    if layer.keys is None or layer.values is None:
+        return {}
+    return {"keys.dense": layer.keys, "values.dense": layer.values}
+
+
+def _fill_dense(layer: DynamicLayer, tensors: Tensors) -> None:
+    if tensors:
+        keys, values = _pair(tensors)
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How layers of a class are written and read.
+
+    Attributes:
+        layer: the class.
+        make: (settings, fields) -> an empty layer.
+        write: layer -> tensors.
+        fill: (layer, tensors) gives an empty layer its tokens; raises `FormatError`.
+        fields: integers of the layer that belong in the file: {name in the file: attribute}.
+    """
+
+    layer: type
+    make: Callable[[CacheConfig, Fields], Any]
+    write: Callable[[Any], Tensors] = _write_packed
+    fill: Callable[[Any, Tensors], None] = _fill_packed
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+WINDOW = {"sliding_window": "sliding_window", "tokens": "cumulative_length"}
+KINDS = {
+    "full": Kind(QuantForgeLayer, lambda options, fields: QuantForgeLayer(options)),
+    "latent": Kind(
+        LatentLayer,
+        lambda options, fields: LatentLayer(options, fields["rank"]),
+        fields={"rank": "rank"},
+    ),
+    "sliding": Kind(
+        QuantForgeSlidingLayer,
+        lambda options, fields: QuantForgeSlidingLayer(options, fields["sliding_window"]),
+        fields=WINDOW,
+    ),
+    "dense": Kind(DynamicLayer, lambda options, fields: DynamicLayer(), _write_dense, _fill_dense),
+    "dense_sliding": Kind(
+        DynamicSlidingWindowLayer,
+        lambda options, fields: DynamicSlidingWindowLayer(fields["sliding_window"]),
+        _write_dense,
+        _fill_dense,
+        WINDOW,
+    ),
+}
+"""By the name in files, which stays when classes move."""
+
+
+def kind_of(layer: Any) -> str:
+    """Return the kind of a layer.
+
+    Raises:
+        UnsupportedError: for one that files do not hold.
+    """
+    for name, kind in KINDS.items():
+        if type(layer) is kind.layer:
+            return name
+    raise UnsupportedError(
+        f"files do not hold a {type(layer).__name__}; they hold "
+        f"{', '.join(sorted(kind.layer.__name__ for kind in KINDS.values()))}"
+    )
