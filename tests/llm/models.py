@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantforge.llm import QuantForgeCache
 from quantforge.llm.layer import QuantForgeLayer
+from quantforge.llm.observe import WatchedTensor
+from quantforge.llm.segments import SegmentedTensor
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -29,6 +31,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
+    "qwen3_mixed": {
+        "use_sliding_window": True,
+        "sliding_window": 48,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {"num_key_value_heads": 4, "head_dim": 16, "original_max_position_embeddings": 1024},
     "gemma2": {
         "sliding_window": 48,
@@ -71,7 +78,7 @@ def config_of(family: str, **changes: Any) -> Any:
     """Return the config of a small model of a family."""
     sizes = SIZES | (FAMILIES | HYBRIDS)[family] | changes
     settings = {k: v for k, v in sizes.items() if (k, v) != ("head_dim", None)}
-    return AutoConfig.for_model(family, **settings)
+    return AutoConfig.for_model(family.removesuffix("_mixed"), **settings)
 
 
 def random_model(family: str, attention: str = "sdpa", **changes: Any) -> Any:
@@ -87,7 +94,14 @@ class _DenseLayer(QuantForgeLayer):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().update(*args, **kwargs)
-        return tuple(t.dequantize() if hasattr(t, "nbytes_packed") else t for t in (keys, values))
+        return tuple(_dense(t) for t in (keys, values))
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    if not isinstance(t, SegmentedTensor):
+        return t
+    dense, see = t.dequantize(), t._see
+    return dense if see is None else WatchedTensor.of(dense, see)  # queries decide what to pack
 
 
 class DenseReferenceCache(QuantForgeCache):

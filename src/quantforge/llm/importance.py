@@ -9,9 +9,9 @@ tokens with the most attention go to tiers of more bits:
     rows of tier 1     4 | 8 ...                        packed with `importance[0]`
     rows of tier 2     2 | ...                          packed with `importance[1]`
 
-A block has the same number of tokens in a tier in every head, so shapes stay regular. Attention does
-not depend on the order of tokens: it runs over each tier as it lies, and only masks and views by
-position look up where a slot is.
+A block has the same number of tokens in a tier in every head, so shapes stay regular. Attention
+does not depend on the order of tokens: it runs over each tier as it lies, and only masks and views
+by position look up where a slot is.
 """
 
 from __future__ import annotations

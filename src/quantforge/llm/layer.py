@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from quantforge.errors import ConfigError, InputError
+from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import choose
 from quantforge.llm.observe import RECENT, Queries, WatchedTensor
 from quantforge.llm.options import CacheConfig
@@ -68,8 +69,11 @@ class QuantForgeLayer(CacheLayerMixin):
             value_pages = PageFormat(layout, value, holds_keys=False)
         self._keys = self._new_store(key, key_pages)
         self._values = self._new_store(value, value_pages)
-        self._add_tiers(key.dim, value.dim)
-        self._queries = Queries(RECENT if self._keys.tiers else 0)
+        self._shares: tuple[float, ...] = ()
+        if not self.is_sliding:  # whose packed rows leave by age
+            self._add_tiers(key.dim, value.dim)
+            self._divide_heads(key_states.shape[1])
+        self._queries = Queries(RECENT if self._shares else 0)
         self.is_initialized = True
 
     def _fits(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
@@ -85,17 +89,28 @@ class QuantForgeLayer(CacheLayerMixin):
     def _add_tiers(self, key_dim: int, value_dim: int) -> None:
         """Give the stores the codes of important tokens."""
         options = self.options
-        if self.is_sliding:  # its packed rows leave by age
-            return
         self._shares = options.shares(key_dim, value_dim)
         for tier in range(1, len(options.tiers)):
             key, value = options.key_spec(key_dim, tier), options.value_spec(value_dim, tier)
             self._keys.add_tier(key)
             self._values.add_tier(value)
 
+    def _divide_heads(self, kv_heads: int) -> None:
+        """Give heads of other bits stores of their own."""
+        groups = HeadGroups.of(self.options, kv_heads)
+        if groups is None:
+            return
+        for store, specs in (
+            (self._keys, [self.options.code(self._keys.spec, k) for k, _ in groups.bits]),
+            (self._values, [self.options.code(self._values.spec, v) for _, v in groups.bits]),
+        ):
+            store.groups, store.spec = groups, specs[0]
+            for spec in specs[1:]:
+                store.add_tier(spec)
+
     def _page_layout(self, key: QuantSpec, value: QuantSpec) -> PageLayout | None:
         """Return the layout of pages, or None to keep rows."""
-        if self.options.layout == "rows" or self.options.importance:
+        if self.options.layout == "rows" or self.options.importance or self.options.head_bits:
             return None
         if self.options.layout == "pages":
             if (reason := why_no_pages(key, value)) is not None:
@@ -149,7 +164,7 @@ class QuantForgeLayer(CacheLayerMixin):
     def _waits(self) -> bool:
         """Whether packing waits for the queries of an update: they decide how, or what, to pack."""
         measures = self.options.equalizer and self._keys.n_packed == 0
-        return (measures or bool(self._keys.tiers)) and not torch.compiler.is_compiling()
+        return (measures or bool(self._shares)) and not torch.compiler.is_compiling()
 
     def _see(self, query: torch.Tensor, scale: float | None) -> None:
         """Take note of a query (B, Hq, q, dim) that has attended, and pack what is due."""
@@ -168,7 +183,7 @@ class QuantForgeLayer(CacheLayerMixin):
 
     def _block(self) -> tuple[torch.Tensor, list[int]] | None:
         """Return the tier of each token that is due, and how many each tier gets."""
-        if not self._keys.tiers:
+        if not self._shares:
             return None
         due, packed = self._keys.due, self._keys.n_packed
         rows = [tier.n_rows for tier in self._keys.tiers]

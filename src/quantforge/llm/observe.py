@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 
 See = Callable[[torch.Tensor, float | None], None]
 """Takes a query (B, Hq, q, dim) and the scale of its logits (None: 1 / sqrt(dim))."""
@@ -52,8 +53,10 @@ class WatchedTensor(torch.Tensor):
         cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # arguments of other subclasses keep their say
         with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **kwargs)
+            plain_args, plain_kwargs = tree_map_only(WatchedTensor, _plain, (args, kwargs))
+        out = func(*plain_args, **plain_kwargs)
         if func in VIEWS and isinstance(args[0], WatchedTensor):
             return WatchedTensor.of(out, args[0]._see)
         if func is F.scaled_dot_product_attention:
@@ -66,6 +69,10 @@ class WatchedTensor(torch.Tensor):
         elif func in MATMULS and isinstance(args[1], WatchedTensor):
             args[1]._see(args[0], None)
         return out
+
+
+def _plain(t: torch.Tensor) -> torch.Tensor:
+    return t.as_subclass(torch.Tensor)
 
 
 class Queries:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from quantforge.config import QuantForgeConfig
 from quantforge.errors import ConfigError
@@ -70,12 +70,13 @@ class CacheConfig:
         check_int("window", self.window, 0, 1 << 20)
         check_int("page_size", self.page_size, 1, 1 << 16)
         check_choice("layout", self.layout, get_args(Layout))
-        for bits in (self.bits, *self.importance, *self.head_bits.values()):
-            if not isinstance(bits, int) and len(bits) != 2:
-                raise ConfigError(f"bits must be a number or a pair (keys, values); got {bits!r}")
-            self._spec(64, pair(bits)[0], self.key_scale_rule)  # check the rest; dim 64 has
-            self._spec(64, pair(bits)[1], self.value_scale_rule)  # every rotation
-        object.__setattr__(self, "importance", tuple(self.importance))
+        heads = {int(head): _checked(bits) for head, bits in self.head_bits.items()}
+        object.__setattr__(self, "bits", _checked(self.bits))
+        object.__setattr__(self, "importance", tuple(map(_checked, self.importance)))
+        object.__setattr__(self, "head_bits", heads)
+        for bits in (self.bits, *self.importance, *heads.values()):
+            key, value = pair(bits)  # check the rest; dim 64 has every rotation
+            self._spec(64, key, self.key_scale_rule), self._spec(64, value, self.value_scale_rule)
         self._check_tiers()
 
     def _check_tiers(self) -> None:
@@ -136,11 +137,25 @@ class CacheConfig:
         """Return the code of values of `dim` numbers."""
         return self._spec(dim, self.tiers[tier][1], self.value_scale_rule)
 
+    @staticmethod
+    def code(spec: QuantSpec, bits: int) -> QuantSpec:
+        """Return a code with other bits."""
+        return replace(spec, bits=bits)
+
     def _spec(self, dim: int, bits: int, scale_rule: ScaleRule) -> QuantSpec:
         config = QuantForgeConfig(
             bits=bits, codebook=self.codebook, scale_rule=scale_rule, seed=self.seed
         )
         return config.spec(dim)
+
+
+def _checked(bits: Any) -> Bits:
+    """Return bits, a list as read from JSON as a pair."""
+    if isinstance(bits, int):
+        return bits
+    if not isinstance(bits, tuple | list) or len(bits) != 2:
+        raise ConfigError(f"bits must be a number or a pair (keys, values); got {bits!r}")
+    return tuple(bits)
 
 
 def pair(bits: Bits) -> tuple[int, int]:

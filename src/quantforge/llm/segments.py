@@ -24,8 +24,7 @@ from quantforge.errors import UnsupportedError
 from quantforge.llm.importance import Slots
 from quantforge.llm.observe import See
 from quantforge.llm.paged import PagedRows
-from quantforge.llm.tiers import Source, combine, decode, logits, mask_of_tier, rows_of
-from quantforge.ops.attention import op as attention_op
+from quantforge.llm.tiers import Places, Source, attend_packed, combine, decode, logits, rows_of
 from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.masks import is_plainly_causal
 from quantforge.ops.merge import Partial, dense_attention, merge_partials
@@ -51,8 +50,9 @@ class SegmentedTensor(torch.Tensor):
         dense: (B, Hkv, m, dim), sinks first, recent rows behind them.
         source: the packed (B, Hkv, p, dim), as rows or in pages; n = m + p.
         n_sinks: rows of `dense` that come before the packed ones.
-        tiers: packed rows of more bits, or None for a tier without rows.
-        slots: where tokens are, in `source` and `tiers`; None without tiers.
+        others: packed rows of other bits, or None where there are none: tiers of tokens, or groups
+            of heads.
+        places: what belongs to `source` and to each of `others`; None without others.
         n_rep: query heads that share a head, once `repeat_kv` has asked for it.
         transposed: whether the last two axes are swapped.
         staged: rows are being repeated: the shape has the extra axis of `repeat_kv`.
@@ -60,8 +60,8 @@ class SegmentedTensor(torch.Tensor):
 
     dense: torch.Tensor
     source: Source
-    tiers: tuple[Source | None, ...]
-    slots: Slots | None
+    others: tuple[Source | None, ...]
+    places: Places
     n_packed: int
     n_sinks: int
     _see: See | None
@@ -74,15 +74,15 @@ class SegmentedTensor(torch.Tensor):
         dense: torch.Tensor,
         source: Source,
         n_sinks: int,
-        tiers: tuple[Source | None, ...] = (),
-        slots: Slots | None = None,
+        others: tuple[Source | None, ...] = (),
+        places: Places = None,
         n_rep: int = 1,
         transposed: bool = False,
         staged: bool = False,
     ) -> SegmentedTensor:
         batch, heads, m, dim = dense.shape
         n_packed = source.n if isinstance(source, PagedRows) else source._packed.shape[-2]
-        n_packed = n_packed if slots is None else slots.alive
+        n_packed = places.alive if isinstance(places, Slots) else n_packed
         shape = [batch, heads * n_rep, m + n_packed, dim]
         if staged:
             shape[1:2] = [heads, n_rep]
@@ -92,7 +92,7 @@ class SegmentedTensor(torch.Tensor):
             cls, shape, dtype=dense.dtype, device=dense.device
         )
         self.dense, self.source, self.n_packed, self.n_sinks = dense, source, n_packed, n_sinks
-        self.tiers, self.slots, self._see = tiers, slots, None
+        self.others, self.places, self._see = others, places, None
         self._n_rep, self._transposed, self._staged = n_rep, transposed, staged
         return self
 
@@ -102,7 +102,7 @@ class SegmentedTensor(torch.Tensor):
             "transposed": self._transposed,
             "staged": self._staged,
         }
-        held = (self.dense, self.source, self.n_sinks, self.tiers, self.slots)
+        held = (self.dense, self.source, self.n_sinks, self.others, self.places)
         out = SegmentedTensor(*held, **(state | changes))
         out._see = self._see
         return out
@@ -115,12 +115,12 @@ class SegmentedTensor(torch.Tensor):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The packed rows of each tier that has some, the ordinary one first."""
-        return (self.source, *(tier for tier in self.tiers if tier is not None))
+        """Packed rows of every code that has some, the ordinary one first."""
+        return (self.source, *(other for other in self.others if other is not None))
 
     @property
     def packed(self) -> QuantTensor:
-        """The packed rows of the ordinary tier; pages are laid out as rows for it."""
+        """The packed rows of the first code; pages are laid out as rows for it."""
         return rows_of(self.source)
 
     @property
@@ -133,7 +133,7 @@ class SegmentedTensor(torch.Tensor):
         """Decode into one dense tensor of the same shape."""
         dtype = self.dtype if dtype is None else dtype
         dense, n = self.dense.to(dtype), self.n_sinks
-        history = decode(self.sources, self.slots, dtype)
+        history = decode(self.sources, self.places, dtype)
         out = torch.cat([dense[:, :, :n], history, dense[:, :, n:]], dim=2)
         if self._n_rep > 1 or self._staged:
             out = out.repeat_interleave(self._n_rep, dim=1)
@@ -288,24 +288,8 @@ def attend_rows(
     recent, packed = (None, None) if mask is None else key.split_rows(mask)
     dense = (key.dense.to(query.dtype), value.dense.to(query.dtype))
     partials = [dense_attention(query, *dense, recent, scale)]
-    if key.slots is None:
-        return [*partials, _history(query, key.source, value.source, packed, scale)]
-    tiers = zip((key.source, *key.tiers), (value.source, *value.tiers), strict=True)
-    for tier, (k, v) in enumerate(tiers):
-        if k is not None and v is not None:
-            seen = mask_of_tier(packed, key.slots, tier, query.shape[1])
-            partials.append(_history(query, k, v, seen, scale))
-    return partials
-
-
-def _history(
-    query: torch.Tensor, key: Source, value: Source, mask: torch.Tensor | None, scale: float
-) -> Partial:
-    """Attend to packed rows alone."""
-    k, v = rows_of(key), rows_of(value)
-    return attention_op.attention(
-        query, *_parts(k), *_parts(v), mask, False, scale, k._spec_key, v._spec_key
-    )
+    keys, values = (key.source, *key.others), (value.source, *value.others)
+    return [*partials, *attend_packed(query, keys, values, key.places, packed, scale)]
 
 
 LOOK_ROWS = 64
@@ -317,7 +301,7 @@ def is_fused(
 ) -> bool:
     """Return whether decode attention over pages can do this."""
     paged = isinstance(key.source, PagedRows) and isinstance(value.source, PagedRows)
-    if not paged or key.slots is not None:
+    if not paged or key.places is not None:
         return False
     plain = mask is None or (
         mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[-1] == key.shape[-2]
@@ -367,10 +351,6 @@ def attend_pages(
     return out, lse
 
 
-def _parts(x: QuantTensor) -> tuple[torch.Tensor | None, ...]:
-    return x._packed, x._scales, x._shift, x._equalizer
-
-
 @on(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _matmul(a: torch.Tensor, b: SegmentedTensor) -> torch.Tensor:
     """`q @ K^T` and `weights @ V` of eager attention, with repeated heads folded into rows."""
@@ -387,10 +367,10 @@ def _matmul(a: torch.Tensor, b: SegmentedTensor) -> torch.Tensor:
 def _times_transposed(query: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
     n = x.n_sinks
     dense = query @ x.dense.mT.to(query.dtype)
-    history = logits(query, x.sources, x.slots)
+    history = logits(query, x.sources, x.places)
     return torch.cat([dense[..., :n], history, dense[..., n:]], -1)
 
 
 def _times(weights: torch.Tensor, x: SegmentedTensor) -> torch.Tensor:
     dense, packed = x.split_rows(weights)
-    return dense @ x.dense.to(dense.dtype) + combine(packed, x.sources, x.slots)
+    return dense @ x.dense.to(dense.dtype) + combine(packed, x.sources, x.places)

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 
 from quantforge.errors import InputError
+from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import Slots
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.paged import PagedRows, PageFormat
@@ -45,12 +46,16 @@ class Store:
         n_dense: dense rows that count.
         n_packed: packed tokens, all tiers.
         n_rows: packed rows of this store's own code.
-        tiers: stores of more bits for important tokens, with packed rows only.
+        tiers: stores of other bits, with packed rows only: for important tokens, or for the heads
+            of the second and later groups.
+        groups: of heads with bits of their own, or None.
         slots: where the tokens of tiers are; None without tiers or packed tokens.
         moments: mean, and RMS about it, of the channels when the first page was packed.
         query_rms: RMS of the channels of the queries seen by then, None for values.
         shared: whether packed rows belong to a copy too, and are copied before they are written.
     """
+
+    groups: HeadGroups | None = None
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class Store:
         dense = self._append_dense(x)
         rows = self._view_of(dense)
         if self.dense is None:
-            # own memory: x may be a slice of a larger projection; what is packed soon is copied then
+            # own memory: x may be a slice of a larger projection; packing copies what it keeps
             self.dense = dense if self.due else self._with_room(dense, self.n_dense)
         if pack:
             self.pack()
@@ -200,7 +205,10 @@ class Store:
         if self.n_packed == 0:
             self._measure(dense[:, :, rows.start :], query_rms)
         x = dense[:, :, rows]
-        if block is None:
+        if self.groups is not None:
+            for group, store in enumerate((self, *self.tiers)):
+                store._quantize(self.groups.part(x, group))
+        elif block is None:
             self._quantize(x)
         else:
             self._quantize_tiers(x, *block)
@@ -217,8 +225,12 @@ class Store:
         if not self.options.shift:  # the channels are then coded about zero
             rms = (rms.square() + mean.square()).sqrt()
         self.equalizer = equalizer_of(rms, query_rms) if self.options.equalizer else None
-        for tier in self.tiers:
-            tier.shift, tier.equalizer = self.shift, self.equalizer
+        statistics = self.shift, self.equalizer
+        for i, store in enumerate((self, *self.tiers)):
+            store.shift, store.equalizer = (
+                t if t is None or self.groups is None else self.groups.part(t, i)
+                for t in statistics
+            )
 
     def _quantize_tiers(self, x: torch.Tensor, tiers: torch.Tensor, counts: Sequence[int]) -> None:
         """Quantize x (B, Hkv, n, dim), each token with the code of its tier."""
@@ -296,7 +308,8 @@ class Store:
         self.n_packed -= packed
         self.n_dense -= tokens - packed
         if self.slots is None:
-            self.n_rows -= packed
+            for store in (self, *self.tiers):
+                store.n_rows = self.n_packed
         else:
             self.slots = self.slots.cropped(packed)
             rows = self.slots.rows or (0,) * (1 + len(self.tiers))
@@ -313,8 +326,9 @@ class Store:
         if self.n_packed == first:
             return dense
         sources = [store._source(dense.dtype, first) for store in (self, *self.tiers)]
-        assert sources[0] is not None, "every block has ordinary tokens"
-        return SegmentedTensor(dense, sources[0], self._n_sinks, tuple(sources[1:]), self.slots)
+        assert sources[0] is not None, "every block has ordinary tokens, and every group heads"
+        places = self.slots or self.groups
+        return SegmentedTensor(dense, sources[0], self._n_sinks, tuple(sources[1:]), places)
 
     def _source(self, dtype: torch.dtype, first: int = 0) -> QuantTensor | PagedRows | None:
         """Return the packed rows of this store's own code, None where there are none."""

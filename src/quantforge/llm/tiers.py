@@ -1,66 +1,127 @@
-"""Attention over keys and values whose packed rows lie in several tiers of bits.
+"""Keys and values whose packed rows lie in several places: tiers of tokens, or groups of heads.
 
-Each tier is a segment of its own; the segments are merged by their log-sum-exp.
+Each tier is a segment of its own; segments are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
 
 import torch
 
+from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import Slots
 from quantforge.llm.paged import PagedRows
+from quantforge.ops.attention import op as attention_op
+from quantforge.ops.merge import Partial
 from quantforge.tensor import QuantTensor
 
 Source = QuantTensor | PagedRows
-"""The packed rows of a tier."""
+"""Packed rows of one code."""
+Places = Slots | HeadGroups | None
+"""Where rows of several sources belong; None for one source of all tokens and heads."""
 
 
 def rows_of(source: Source) -> QuantTensor:
-    """Return a tier as rows."""
+    """Return a source as rows."""
     return source.rows if isinstance(source, PagedRows) else source
 
 
-def decode(sources: tuple[Source, ...], slots: Slots | None, dtype: torch.dtype) -> torch.Tensor:
+def decode(sources: tuple[Source, ...], places: Places, dtype: torch.dtype) -> torch.Tensor:
     """Return the packed tokens (B, Hkv, n, dim) in the order of the text."""
     parts = [rows_of(source).dequantize(dtype) for source in sources]
-    if slots is None:
+    if places is None:
         return parts[0]
+    if isinstance(places, HeadGroups):
+        return places.join(parts)
     joined = torch.cat(parts, 2)
-    index = slots.row_of.unsqueeze(-1).expand(-1, -1, -1, joined.shape[-1])
+    index = places.row_of.unsqueeze(-1).expand(-1, -1, -1, joined.shape[-1])
     return joined.gather(2, index)
 
 
-def logits(query: torch.Tensor, sources: tuple[Source, ...], slots: Slots | None) -> torch.Tensor:
+def logits(query: torch.Tensor, sources: tuple[Source, ...], places: Places) -> torch.Tensor:
     """Return query (B, Hkv, rows, dim) times the packed keys, in the order of the text."""
+    if isinstance(places, HeadGroups):
+        return places.each(lambda i: places.part(query, i) @ rows_of(sources[i]).mT)
     parts = [query @ rows_of(source).mT for source in sources]
-    if slots is None:
+    if places is None:
         return parts[0]
     joined = torch.cat(parts, -1)
-    index = slots.row_of.unsqueeze(2).expand(-1, -1, joined.shape[2], -1)
+    index = places.row_of.unsqueeze(2).expand(-1, -1, joined.shape[2], -1)
     return joined.gather(3, index)
 
 
-def combine(
-    weights: torch.Tensor, sources: tuple[Source, ...], slots: Slots | None
-) -> torch.Tensor:
+def combine(weights: torch.Tensor, sources: tuple[Source, ...], places: Places) -> torch.Tensor:
     """Return weights (B, Hkv, rows, n), in the order of the text, times the packed values."""
-    if slots is None:
+    if places is None:
         return weights @ rows_of(sources[0])
-    filled = [tier for tier, rows in enumerate(slots.rows) if rows]
+    if isinstance(places, HeadGroups):
+        return places.each(lambda i: places.part(weights, i) @ rows_of(sources[i]))
+    filled = [tier for tier, rows in enumerate(places.rows) if rows]
     terms = [
-        _of_tier(weights, slots, tier, 0.0) @ rows_of(source)
+        _of_tier(weights, places, tier, 0.0) @ rows_of(source)
         for tier, source in zip(filled, sources, strict=True)
     ]
     return sum(terms[1:], terms[0])
 
 
-def mask_of_tier(
-    mask: torch.Tensor | None, slots: Slots, tier: int, heads: int
-) -> torch.Tensor | None:
-    """Return the mask of a tier's rows, (B, Hq or Hkv.., q, rows), None where all are seen.
+def attend_packed(
+    query: torch.Tensor,
+    keys: tuple[Source | None, ...],
+    values: tuple[Source | None, ...],
+    places: Places,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> list[Partial]:
+    """Attend to the packed rows of all sources: partial results to be merged.
 
     Args:
+        query: (B, Hq, q, dim).
+        keys: sources, None for one without rows.
+        values: likewise.
+        places: where their rows belong.
         mask: of the packed tokens, broadcasting to (B, Hq, q, n), bool or float; or None.
+        scale: of the logits.
+    """
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    partials = []
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if key is None or value is None:
+            continue
+        q, seen = query, mask
+        if isinstance(places, HeadGroups):
+            q = places.part_of_queries(query, i)
+            seen = None if mask is None else places.part_of_queries(mask, i)
+        elif places is not None:
+            seen = _mask_of_tier(mask, places, i, query.shape[1])
+        partials.append(_attend(q, rows_of(key), rows_of(value), seen, scale))
+    if isinstance(places, HeadGroups):
+        outs, lses = zip(*partials, strict=True)
+        return [(places.join_queries(outs), places.join_queries(lses))]
+    return partials
+
+
+def _attend(
+    query: torch.Tensor,
+    key: QuantTensor,
+    value: QuantTensor,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> Partial:
+    return attention_op.attention(
+        query,
+        *(key._packed, key._scales, key._shift, key._equalizer),
+        *(value._packed, value._scales, value._shift, value._equalizer),
+        *(mask, False, scale, key._spec_key, value._spec_key),
+    )
+
+
+def _mask_of_tier(
+    mask: torch.Tensor | None, slots: Slots, tier: int, heads: int
+) -> torch.Tensor | None:
+    """Return the mask of a tier's rows, (B, Hq, q, rows), None where all are seen.
+
+    Args:
+        mask: of the packed tokens, (B or 1, Hq or 1, q or 1, n), bool or float; or None.
         slots: where the tokens are.
         tier: which.
         heads: query heads.
@@ -71,7 +132,6 @@ def mask_of_tier(
         seen = slots.places(tier).unsqueeze(2) >= 0  # (B, Hkv, 1, rows)
         return seen.repeat_interleave(heads // seen.shape[1], 1)
     batch, kv_heads = slots.tiers.shape[:2]
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
     per_kv = 1 if mask.shape[1] == 1 else heads // kv_heads
     full = mask.expand(batch, kv_heads * per_kv, -1, -1)
     by_head = full.unflatten(1, (kv_heads, per_kv)).flatten(2, 3)
