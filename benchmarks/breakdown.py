@@ -23,8 +23,13 @@ ATTENTION, APPEND, LINEAR, OTHER = "attention", "append", "linear", "other"
 SCOPES = (ATTENTION, APPEND, LINEAR)
 FUNCTIONS = {F.scaled_dot_product_attention: ATTENTION, F.linear: LINEAR}
 KERNEL_NAMES = (
-    (ATTENTION, re.compile(r"flash|fmha|sdpa|attention", re.IGNORECASE)),
-    (APPEND, re.compile(r"index_copy|index_put|cache_append|CatArray", re.IGNORECASE)),
+    (
+        ATTENTION,
+        re.compile(
+            r"flash|fmha|sdpa|attention|decode_kernel|project_kernel|merge_kernel", re.IGNORECASE
+        ),
+    ),
+    (APPEND, re.compile(r"index_copy|index_put|_append|CatArray", re.IGNORECASE)),
     (LINEAR, re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|_mm_", re.IGNORECASE)),
 )
 LISTED = 12

@@ -32,7 +32,14 @@ SMALL: dict[str, Any] = LLAMA_3_8B | {
     "head_dim": 64,
     "vocab_size": 100,
 }
-CACHES = {"dynamic": 16, "static": 16, "quantforge4": 4, "quantforge2": 2}
+CACHES = {
+    "dynamic": 16,
+    "static": 16,
+    "quantforge4": 4,
+    "quantforge4-static": 4,
+    "quantforge2": 2,
+    "quantforge2-static": 2,
+}
 """Caches to compare, and their bits."""
 FILL_BYTES = 256 << 20
 """Bytes of keys that are written into the cache at once."""
@@ -58,7 +65,14 @@ def make_cache(kind: str, config: Any, tokens: int) -> Any:
         return DynamicCache(config=config)
     if kind == "static":
         return StaticCache(config=config, max_cache_len=tokens)
+    if is_static(kind):
+        return QuantForgeCache(config=config, max_cache_len=tokens, bits=CACHES[kind])
     return QuantForgeCache(bits=CACHES[kind])
+
+
+def is_static(kind: str) -> bool:
+    """Return whether a cache has fixed buffers, so that its step is compiled."""
+    return kind.endswith("static")
 
 
 def fill(cache: Any, kind: str, config: Any, batch: int, tokens: int, like: torch.Tensor) -> None:
@@ -76,6 +90,8 @@ def fill(cache: Any, kind: str, config: Any, batch: int, tokens: int, like: torc
             seed = 2 * (layer * tokens + start)
             key, value = (normal(shape, like.dtype, like.device, seed + i) for i in range(2))
             cache.update(key, value, layer)
+        if kind.startswith("quantforge") and is_static(kind):
+            assert cache.layers[layer].keys is not None  # nobody attended: pack what waits for it
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,10 @@ def _head_bytes(kind: str, dim: int, tokens: int, dtype: torch.dtype) -> int:
         return tokens * dense_row
     options = CacheConfig(bits=CACHES[kind])
     left = max(0, tokens - options.sinks - options.window)
-    packed = left // options.page_size * options.page_size
+    page = options.page_size
+    if is_static(kind) and options.bits != 4:
+        page = 128  # it packs whole pages, and waits until the next token finds no room
+    packed = left // page * page
     row = row_nbytes(options.key_spec(dim)) + row_nbytes(options.value_spec(dim))
     return packed * row + (tokens - packed) * dense_row
 

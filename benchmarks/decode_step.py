@@ -4,7 +4,8 @@
 
 The weights are random and made on the device; the cache is filled with random keys and values
 without running a prompt. A case is CACHE-CONTEXT-bBATCH; batch "max" is the largest that fits.
-Caches: `dynamic` and `quantforge4` run eagerly, `static` under torch.compile with CUDA graphs.
+Caches: `dynamic` and `quantforge4` run eagerly, `static` (transformers' own) and
+`quantforge4-static` under torch.compile with CUDA graphs.
 Cases that do not fit are recorded as such, and no case is started after `--seconds`.
 
 Rows go to `<output>/decode_step_<gpu>.jsonl` as they are measured. `--small` is a tiny model on
@@ -33,6 +34,7 @@ from benchmarks.decode_model import (
     LLAMA_3_8B,
     SMALL,
     fill,
+    is_static,
     make_cache,
     needed_bytes,
     random_model,
@@ -73,7 +75,7 @@ class StepCase:
     @property
     def compiled(self) -> bool:
         """Whether the step is compiled."""
-        return self.cache == "static"
+        return is_static(self.cache)
 
 
 def all_cases(contexts: dict[str, int], batches: tuple[str, ...]) -> list[StepCase]:

@@ -34,6 +34,7 @@ def test_caches_hold_the_same_tokens(model: Any, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(logits_of(model, "static"), exact)
         torch.testing.assert_close(logits_of(model, "static", backend="eager"), exact)
         near = logits_of(model, "quantforge4")
+        torch.testing.assert_close(logits_of(model, "quantforge4-static", backend="eager"), near)
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.1
 
 
@@ -69,7 +70,8 @@ def test_decode_step_from_the_command_line(tmp_path: Path) -> None:
     options += ["--compile-backend=eager", f"--output={tmp_path}"]
     assert decode_step.main(options) == 0
     rows = record.read_rows(tmp_path / "decode_step_cpu.jsonl")
-    names = [f"{cache}-256-b{b}" for b in (1, 2) for cache in ("dynamic", "static", "quantforge4")]
+    caches = ("dynamic", "static", "quantforge4", "quantforge4-static")
+    names = [f"{cache}-256-b{b}" for b in (1, 2) for cache in caches]
     assert [row["case"] for row in rows] == names
     for row in rows:
         assert row["steps"] == 2

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     Cache,
     get_layer_types_and_kwargs,
 )
@@ -21,6 +22,7 @@ from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.prompt_cache import PromptCache
 from quantforge.llm.sliding import QuantForgeSlidingLayer
+from quantforge.llm.static import QuantForgeStaticLayer
 
 SLIDING = ("sliding_attention", "chunked_attention")
 
@@ -38,6 +40,9 @@ class QuantForgeCache(PromptCache, DynamicCache):
             config every layer is a quantized full-attention layer, which is correct for
             sliding-window models too, but holds more tokens than they need.
         layers: settings that differ in single layers: {layer index: {setting: value}}.
+        max_cache_len: room for so many tokens, allocated at once, with lengths on the device: for
+            `torch.compile` and CUDA graphs, which `generate()` then uses by itself on a GPU. Layers
+            other than full attention are transformers' own static ones.
         offloading: keep all layers but the one at work on the CPU (needs a GPU).
         offload_only_non_sliding: but leave sliding-window layers, which are small, where they are.
         **settings: see `CacheConfig`: bits, sinks, window, page_size, shift, equalizer, ...
@@ -51,12 +56,16 @@ class QuantForgeCache(PromptCache, DynamicCache):
         config: Any = None,
         *,
         layers: Mapping[int, Mapping[str, Any]] | None = None,
+        max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **settings: Any,
     ) -> None:
         self.options = _configured(CacheConfig(), settings)
         self.overrides = {int(i): _configured(self.options, s) for i, s in (layers or {}).items()}
+        self._max_cache_len = max_cache_len
+        if max_cache_len is not None and offloading:
+            raise ConfigError("a cache with max_cache_len has fixed addresses; it cannot offload")
         self._config = None if config is None else config.get_text_config(decoder=True)
         Cache.__init__(
             self,
@@ -73,6 +82,9 @@ class QuantForgeCache(PromptCache, DynamicCache):
         for index, (kind, settings) in enumerate(zip(types, per_layer, strict=True)):
             if kind == "full_attention":
                 layers.append(self._new_layer(index))
+            elif self._max_cache_len is not None:
+                static = STATIC_LAYER_TYPE_MAPPING[kind]
+                layers.append(static(max_cache_len=self._max_cache_len, **settings))
             elif kind in SLIDING:
                 layers.append(self._new_sliding_layer(index, settings["sliding_window"]))
             else:
@@ -83,6 +95,8 @@ class QuantForgeCache(PromptCache, DynamicCache):
         return self.overrides.get(index, self.options)
 
     def _new_layer(self, index: int) -> QuantForgeLayer:
+        if self._max_cache_len is not None:
+            return QuantForgeStaticLayer(self._options_of(index), self._max_cache_len)
         rank = getattr(self._config, "kv_lora_rank", None)
         if rank is not None:
             return LatentLayer(self._options_of(index), rank)
@@ -109,6 +123,13 @@ class QuantForgeCache(PromptCache, DynamicCache):
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a step may be compiled, also before the first one makes the layers."""
+        if not self.layers:
+            return self._max_cache_len is not None
+        return super().is_compileable
 
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
