@@ -110,8 +110,12 @@ def step(kind: Kind, pair: tuple[Any, Any], n: int, seed: int, batch: int = BATC
     visible = ours.get_mask_sizes(n)[0]
     states = states_of(n, kind.heads, seed, batch)
     returned, expected = ours.update(*states), theirs.update(*states)
+    is_first = theirs.get_seq_length() == n
+    if getattr(theirs, "record_past", False) and not is_first:
+        # before 5.20 they return all they recorded, which no mask fits
+        expected = [x[:, :, -visible:] for x in expected]
     assert_close(returned, expected, kind.error)
-    if theirs.get_seq_length() > n:
+    if not is_first:
         assert returned[0].shape[2] == visible
     for x, new in zip(returned, states, strict=True):
         assert torch.equal(dense(x)[:, :, -n:], new), "new tokens are exact"

@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 )
 
 from quantforge.llm.options import CacheConfig
-from quantforge.ops.dequantize import dequantize
-from quantforge.ops.quantize import quantize
+from quantforge.ops.dequantize.api import dequantize
+from quantforge.ops.quantize.api import quantize
 from quantforge.spec import QuantSpec
 
 

@@ -78,6 +78,21 @@ def test_attention_over_pages_is_attention_over_rows(length: int) -> None:
     torch.testing.assert_close(outputs[1], outputs[0], atol=2e-5, rtol=1e-4)
 
 
+def test_room_that_was_never_written_does_not_matter() -> None:
+    _, pages = _pair(page_size=64)
+    pages.update(*_states(150))
+    pages.update(*_states(120))
+    new, query = _states(1, seed=3), torch.randn(2, 8, 1, 128)
+    outputs = []
+    for _ in range(2):
+        outputs.append(F.scaled_dot_product_attention(query, *pages.update(*new), enable_gqa=True))
+        pages.crop(-1)
+        for store in (pages._keys, pages._values):
+            assert store.packed.shape[1] > 2, "there is no room"
+            store.packed[:, 2:] = 0xFF  # scales of NaN
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_decoding_agrees_with_the_dense_reference(attention: str) -> None:
     torch.manual_seed(0)

@@ -93,10 +93,13 @@ def decode_attention(
     lse = logits.logsumexp(-1)
     weights = (logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp()
     n_packed = token.shape[0]
+    # what was never written may be NaN, which no weight of 0 hides
+    v = v.masked_fill(~present[:, None, :n_packed, None], 0.0)
     packed = weights[..., :n_packed] @ v @ constants.rotation(v_spec, v_spec.seed, device)
     mass = weights[..., :n_packed].sum(-1, keepdim=True)
     out = restore(packed, v_shift, v_equalizer, mass)
     if v_dense is not None:
-        out = out + weights[..., n_packed:] @ v_dense.float()
+        rows = v_dense.float().masked_fill(~present[:, None, n_packed:, None], 0.0)
+        out = out + weights[..., n_packed:] @ rows
     shape = (batch, heads, length)
     return out.reshape(*shape, -1).to(query.dtype), lse.reshape(shape)
