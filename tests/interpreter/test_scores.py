@@ -52,6 +52,32 @@ def test_few_queries(bits: int, dim: int, dtype: torch.dtype) -> None:
     _check(_query(3, dim, dtype=dtype), make_store(spec_of(dim, bits), 37))
 
 
+@pytest.mark.parametrize(
+    ("bits", "dim", "dtype"),
+    [(2, 256, torch.float16), (3, 512, torch.float16), (4, 128, torch.float32)],
+)
+def test_whole_rows(
+    bits: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows enough to need no splits, in programs of two tiles, the last one ragged."""
+    from quantforge.ops.kernels import score
+
+    monkeypatch.setattr(score, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(score, "WAVES", 1)
+    monkeypatch.setattr(score, "WARPS", 4)
+    called = []
+    kernel = score.whole_row_products
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]):  # type: ignore[no-untyped-def]
+            called.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(score, "whole_row_products", Spy())
+    _check(_query(2, dim, dtype=dtype), make_store(spec_of(dim, bits), 230, statistic="shared"))
+    assert called == [(8, 1, 1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("bits", "dim"), [(2, 64), (3, 128), (4, 96), (5, 80), (7, 127), (8, 64)])
 def test_many_queries(bits: int, dim: int, dtype: torch.dtype) -> None:

@@ -22,6 +22,13 @@ def test_against_oracle(q: int, bits: int, dim: int) -> None:
     check_search(query_of(q, dim, device=CPU), store, 3, impl="triton")
 
 
+@pytest.mark.parametrize(("bits", "dim"), [(1, 512), (2, 256), (3, 512), (4, 128)])
+def test_whole_rows(bits: int, dim: int) -> None:
+    store = make_store(spec_of(dim, bits), 150, statistic="shared")
+    allowed = np.random.RandomState(3).random_sample(150) < 0.6
+    check_search(query_of(3, dim, device=CPU), store, 3, allowed, impl="triton")
+
+
 @pytest.mark.parametrize("q", [1, 9])
 @pytest.mark.parametrize("n", [0, 1, 63])
 def test_sizes(q: int, n: int) -> None:

@@ -9,7 +9,8 @@ Queries arrive rotated, equalized and in the order of columns (`byte_lookup.basi
 outputs leave as sums of centroids in that order. Scales multiply S and P, never decoded values.
 
 Operands are float32 ("ieee") or fp16. fp16 cannot overflow: a row of Q is divided by a power of two
-that leaves it below 2, and P times the scales of values by the greatest such scale so far.
+that leaves it below 2, and P times the scales of values by the greatest such scale so far. A row of
+Q is two fp16 terms: equalizers make logits large, and one term would be off by 2^-11 of them.
 
 Logits are kept in units of log 2. A row that has seen no key has m = -inf and mass 0.
 """
@@ -97,9 +98,12 @@ def attend(
             peak = tl.maximum(peak, tl.max(tl.abs(q[part]), 1))
         power, inverse = _power_of_two(peak)
         row_factor = row_factor * power
-        halves = ()
+        halves, rests = (), ()
         for part in tl.static_range(PARTS):
-            halves = halves + ((q[part] * inverse[:, None]).to(tl.float16),)
+            x = q[part] * inverse[:, None]
+            half = x.to(tl.float16)
+            halves = halves + (half,)
+            rests = rests + ((x - half.to(tl.float32)).to(tl.float16),)
         q = halves
 
     first = tl.program_id(0) * per_split
@@ -140,6 +144,8 @@ def attend(
 
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for part in tl.static_range(PARTS):
+            if HALF:
+                s = tl.dot(rests[part], keys[part], s)
             s = tl.dot(q[part], keys[part], s, input_precision="ieee")
         if HALF:
             s = s * ks[None, :] * row_factor[:, None]

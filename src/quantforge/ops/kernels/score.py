@@ -1,8 +1,9 @@
 """Launches of the products of queries with codes: which kernel, in which shape.
 
 queries   codes        kernel               operands                  error of a score
-<= 8      1-4 bits     integer_products     2 digits (fp16, bf16)     6e-5 of its deviation
-                                            3 digits (fp32)           4e-7
+<= 8      1-4 bits     integer_products,    2 digits (fp16, bf16)     6e-5 of its deviation
+                       whole_row_products   3 digits (fp32)           4e-7
+                       where rows are short 1 digit (scan)            3e-3 (4 bits) to 0 (1 bit)
 more      1-4 bits     matrix_products      fp16, by permutes         2e-4
 any       others,      matrix_products      fp16 or fp32 (3 tf32      2e-4, 4e-7
           fp32 query                        products), by a table
@@ -21,6 +22,7 @@ from quantforge.ops.kernels.decode import Form, Layout
 from quantforge.ops.kernels.products import integer_products, matrix_products
 from quantforge.ops.kernels.query import project
 from quantforge.ops.kernels.rows import Product, Rows
+from quantforge.ops.kernels.whole_rows import whole_row_products
 from quantforge.ops.launch import INTERPRET, multiprocessors
 from quantforge.spec import QuantSpec
 
@@ -51,6 +53,29 @@ class MatrixTuning:
 
 # untuned (compiled for sm_90: no spills, 102-116 registers, 16 warps of 32 rows per SM)
 INTEGER = IntegerTuning(rows=32, stages=3, unroll=1)
+
+
+@dataclass(frozen=True)
+class WholeTuning:
+    """Shape of `whole_row_products` for centroids of up to `digits` digits."""
+
+    digits: int
+    rows: int
+    stages: int
+
+
+# untuned; compiled for sm_90: no spills; a pipeline costs two digits a copy of every operand
+WHOLE = (
+    WholeTuning(digits=1, rows=16, stages=2),
+    WholeTuning(digits=3, rows=16, stages=1),
+)
+WHOLE_TILE = 64
+MAX_OPERANDS = 12
+"""Tiles of 64 numbers of 8 digit columns, 4 registers each."""
+WAVES = 4
+"""Programs per place on the GPU for a product with all rows, if they are enough."""
+WARPS = 16
+"""Places on a multiprocessor: warps of 128 registers."""
 # untuned; compiled for sm_90: no spills, except 14 registers outside of the inner loop at
 # 128 x 128; that leaves room for two programs per SM: one decodes while the other multiplies
 MATRIX_PERMUTED_4_BITS = (
@@ -104,11 +129,9 @@ def scan(p: Product, bitmap: torch.Tensor | None) -> tuple[torch.Tensor, int]:
     """
     q = p.query.shape[1]
     if q <= MAX_INTEGER_QUERIES and permutes_on(p.rows, p.spec):
-        tiles = GROUP // INTEGER.rows
-        size = INTEGER.rows * tiles
-        out = p.query.new_empty((q, -(-p.n // size)), dtype=torch.float32)
-        _launch_integer(p, False, out, bitmap, tiles, 1)
-        return out, size
+        out = p.query.new_empty((q, -(-p.n // GROUP)), dtype=torch.float32)
+        _launch_integer(p, False, out, bitmap, 1)
+        return out, GROUP
     tuning = _matrix_tuning(p, False)
     wanted = GROUP * 8 * tuning.warps // tuning.rows
     programs = -(-p.n // tuning.rows) * -(-q // tuning.queries)
@@ -135,7 +158,7 @@ def _integer(p: Product, exact: bool, dtype: torch.dtype) -> torch.Tensor:
     splits = _splits(p, programs, decode.layout_of(p.spec, "int8"))
     kind = dtype if splits == 1 else torch.float32
     out = p.query.new_empty((splits, heads, q, p.n), dtype=kind)
-    offsets = _launch_integer(p, exact, out, None, 1, splits)
+    offsets = _launch_integer(p, exact, out, None, splits)
     if splits == 1:
         return out[0]
     total = out.sum(0)
@@ -147,19 +170,33 @@ def _launch_integer(
     exact: bool,
     out: torch.Tensor,
     bitmap: torch.Tensor | None,
-    tiles: int,
     splits: int,
 ) -> torch.Tensor | None:
-    """Run `integer_products`; returns the offsets, which it adds unless rows are split."""
+    """Run a product of digits; returns the offsets, which it adds unless rows are split.
+
+    `out` is (splits, heads, q, n), or (q, groups) for the best of GROUP rows.
+    """
     heads, q = p.query.shape[:2]
     spec = p.spec
     layout = decode.layout_of(spec, "int8")
-    digits = 1 if spec.code_bits == 1 else 3 if exact else 2
+    scanning = out.ndim == 2
+    digits = 1 if spec.code_bits == 1 or scanning else 3 if exact else 2
     query_digits = 4 if exact else 2
     per_tile = 8 // query_digits
     while per_tile < q and per_tile < MAX_INTEGER_QUERIES:
         per_tile *= 2
-    grid = (splits * -(-p.n // (INTEGER.rows * tiles)), -(-q // per_tile), heads)
+    alignment = _alignment(p.rows, layout)
+    is_whole = alignment == layout.tile // 4 and _fits_whole(layout, per_tile * query_digits)
+    is_whole = is_whole and splits == 1
+    whole = next(row for row in WHOLE if digits <= row.digits)
+    rows, stages = (whole.rows, whole.stages) if is_whole else (INTEGER.rows, INTEGER.stages)
+    tiles = 1
+    if scanning:
+        tiles = GROUP // rows
+    elif is_whole:
+        places = WAVES * WARPS * multiprocessors(p.query.device)
+        tiles = min(max(heads * p.n // (rows * places), 1), GROUP // rows)
+    grid = (splits * -(-p.n // (rows * tiles)), -(-q // per_tile), heads)
     if 0 in grid:
         return None
     _, unit = decode.digits_of(spec, digits)
@@ -173,10 +210,8 @@ def _launch_integer(
         per_tile=per_tile,
         unit=unit,
     )
-    scanning = out.ndim == 2
     program = decode.int_program(spec.code_bits, digits)
-    with_offsets = queries.offsets is not None and splits == 1 and not scanning
-    integer_products[grid](
+    arguments = (
         *_common_arguments(p, decode.tables(spec, "int8", digits, out.device), queries.rows),
         queries.weights,
         queries.weights if queries.offsets is None else queries.offsets,
@@ -186,32 +221,43 @@ def _launch_integer(
         q,
         p.rows.heads[1],
         tiles,
-        *_strides(p.rows, _alignment(p.rows, layout)),
-        BITS=spec.code_bits,
-        STRIDE=layout.stride,
-        OFFSET=_one_bit_offset(spec),
-        PADDED=layout.padded,
-        PARTS=layout.parts,
-        TILE=layout.tile,
-        ALIGNMENT=_alignment(p.rows, layout),
-        ASM=program.text,
-        CONSTRAINTS=program.constraints,
-        REGISTERS=program.registers,
-        DIGITS=digits,
-        SETS=decode.digit_sets(spec),
-        BASE=decode.digit_base(spec),
-        ROWS=INTEGER.rows,
-        QUERIES=per_tile,
-        QUERY_DIGITS=query_digits,
-        SPLITS=splits,
-        SCAN=scanning,
-        OFFSETS=with_offsets,
-        BITMAP=bitmap is not None,
-        STAGES=INTEGER.stages,
-        UNROLL=INTEGER.unroll,
-        num_warps=1,
+        *_strides(p.rows, alignment),
     )
+    shape = {
+        "BITS": spec.code_bits,
+        "STRIDE": layout.stride,
+        "OFFSET": _one_bit_offset(spec),
+        "PARTS": layout.parts,
+        "TILE": layout.tile,
+        "ALIGNMENT": alignment,
+        "ASM": program.text,
+        "CONSTRAINTS": program.constraints,
+        "REGISTERS": program.registers,
+        "DIGITS": digits,
+        "SETS": decode.digit_sets(spec),
+        "BASE": decode.digit_base(spec),
+        "ROWS": rows,
+        "QUERIES": per_tile,
+        "QUERY_DIGITS": query_digits,
+        "SCAN": scanning,
+        "OFFSETS": queries.offsets is not None and splits == 1 and not scanning,
+        "BITMAP": bitmap is not None,
+        "STAGES": stages,
+        "num_warps": 1,
+    }
+    if is_whole:
+        whole_row_products[grid](*arguments, **shape)
+    else:
+        more = {"PADDED": layout.padded, "SPLITS": splits, "UNROLL": INTEGER.unroll}
+        integer_products[grid](*arguments, **shape, **more)
     return queries.offsets
+
+
+def _fits_whole(layout: Layout, columns: int) -> bool:
+    """Return whether the operands of a tile of queries fit into the registers of a warp."""
+    full = layout.tile == WHOLE_TILE and layout.stride % layout.tile == 0
+    operands = layout.stride // layout.tile * layout.parts * columns // 8
+    return full and operands <= MAX_OPERANDS
 
 
 def _permuted(p: Product, exact: bool) -> bool:
