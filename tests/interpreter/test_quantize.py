@@ -162,13 +162,14 @@ def test_codes_beside_boundaries_by_lanes(dim: int, bits: int, codebook: str) ->
     book = codebook_of(spec)
     cells = lane_cells_of(spec, torch.device("cpu"))
     assert cells.size is None
-    boundary, below, centroids = cells.table.numpy().reshape(3, 32)
+    word, centroids = cells.table.numpy().reshape(2, 32)
     end = np.float32(dim**0.5)
     near = [np.nextafter(book.boundaries, side) for side in (-end, end)]
     u = np.concatenate([book.boundaries, *near, end * np.linspace(-1, 1, 9999, dtype=np.float32)])
     scaled = u.astype(np.float64) * np.float32(cells.slope / 30) + 0.5
     saturated = scaled.astype(np.float32).clip(0, 1)
     cell = (saturated.astype(np.float64) * 30 + 2**23).astype(np.float32).view(np.int32) & 31
-    codes = below.view(np.int32)[cell] + (u > boundary[cell])
-    np.testing.assert_array_equal(codes, np.searchsorted(book.boundaries, u, side="left"))
-    np.testing.assert_array_equal(centroids[codes], book.centroids[codes])
+    codes = word.view(np.int32)[cell] + (u > word[cell])  # and bits of boundaries above them
+    found = codes & (2**bits - 1)
+    np.testing.assert_array_equal(found, np.searchsorted(book.boundaries, u, side="left"))
+    np.testing.assert_array_equal(centroids[codes & 31], book.centroids[found])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from quantforge.numerics.codebook import codebook_of
-from quantforge.numerics.encode import decode, encode, floor_power_of_two, tree_sum
+from quantforge.numerics.encode import decode, encode, floor_power_of_two, power_of, tree_sum
 from quantforge.numerics.lloyd_max import distortion, solve
 from quantforge.numerics.packing import row_bytes, unpack
 from quantforge.numerics.rotation import rotation_matrix
@@ -99,6 +99,13 @@ def test_floor_power_of_two() -> None:
     tiny = 2.0**-126
     expected = [tiny, tiny, tiny, 0.5, 1, 1, 2, 2.0**127, 2.0**127]
     np.testing.assert_array_equal(floor_power_of_two(x), np.array(expected, np.float32))
+
+
+def test_ordinary_vectors_are_not_scaled() -> None:
+    below = np.nextafter(np.float32(2.0**-32), np.float32(0))
+    x = np.array([0, below, 2.0**-32, 0.75, 3, 1.5 * 2.0**31, 2.0**32, 3.4e38], np.float32)
+    expected = [2.0**-126, 2.0**-33, 1, 1, 1, 1, 2.0**32, 2.0**127]
+    np.testing.assert_array_equal(power_of(x), np.array(expected, np.float32))
 
 
 # --- rate and distortion --------------------------------------------------------------------
@@ -280,7 +287,7 @@ def test_codes_do_not_depend_on_powers_of_two(estimator: str) -> None:
     spec = QuantSpec(64, 4, estimator=estimator, scale_dtype="float32")  # type: ignore[arg-type]
     x = gaussian(10, 64)
     expected = encode(x, spec)
-    for exponent in (-100, -30, 30, 100):
+    for exponent in (-100, -40, -30, 30, 40, 100):
         scaled = encode(np.ldexp(x, exponent), spec)
         np.testing.assert_array_equal(scaled.packed, expected.packed)
         np.testing.assert_array_equal(scaled.scales, np.ldexp(expected.scales, exponent))

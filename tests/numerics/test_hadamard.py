@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quantforge.numerics.hadamard import base_matrix, hadamard_matrix
+from quantforge.numerics.hadamard import base_matrix, dense_program, hadamard_matrix
 from quantforge.spec import hadamard_base
 
 
@@ -15,6 +15,20 @@ def test_base_matrices_are_hadamard(order: int) -> None:
     assert matrix.shape == (order, order)
     assert set(np.unique(matrix)) <= {-1, 1}
     np.testing.assert_array_equal(matrix @ matrix.T, order * np.eye(order, dtype=np.int64))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("order", "additions"), [(1, 0), (12, 52), (20, 380), (28, 756)])
+def test_dense_programs_are_the_base_matrix(order: int, additions: int, transpose: bool) -> None:
+    matrix, count = np.eye(order, dtype=np.int64), 0
+    for factor in dense_program(order, transpose=transpose):
+        rows = [sum(c * matrix[j] for j, c in terms) for terms in factor]
+        assert {abs(c) for terms in factor for _, c in terms} <= {1, 2}
+        count += sum(len(terms) - 1 for terms in factor)
+        matrix = np.stack(rows)
+    expected = base_matrix(order).astype(np.int64)
+    np.testing.assert_array_equal(matrix, expected.T if transpose else expected)
+    assert count == additions
 
 
 def test_power_two_is_sylvester() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quantforge.numerics.codebook import codebook_of
 from quantforge.numerics.encode import encode_constants
-from quantforge.numerics.hadamard import base_matrix
+from quantforge.numerics.hadamard import dense_program
 from quantforge.numerics.rotation import rotation_signs
 from quantforge.spec import QuantSpec, hadamard_base
 
@@ -38,7 +38,7 @@ class Code(ctypes.Structure):
         ("wide_scales", ctypes.c_int32),
         ("dim_factor", ctypes.c_float),
         ("inv_sqrt_dim", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("base", "signs", "centroids", "boundaries")),
+        *((name, ctypes.c_void_p) for name in ("dense", "signs", "centroids", "boundaries")),
         ("bytes", ctypes.c_void_p),
         ("byte_unit", ctypes.c_float),
     )
@@ -67,7 +67,7 @@ class NativeCode:
         repeats = max(1, 16 >> spec.code_bits)
         byte_values, unit = byte_centroids(codebook.centroids)
         self._arrays: dict[str, NDArray] = {
-            "base": np.ascontiguousarray(base_matrix(order), np.int8),
+            "dense": dense_words(order),
             "signs": rotation_signs(spec.dim, spec.seed),
             "centroids": np.tile(codebook.centroids, repeats),
             "boundaries": codebook.boundaries,
@@ -86,6 +86,26 @@ class NativeCode:
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )
         self.address = ctypes.addressof(self.structure)
+
+
+def dense_words(order: int) -> NDArray[np.int16]:
+    """Return the dense stage and its transpose as kernels read them.
+
+    First the index where the transpose begins; each is the number of factors, then for each factor
+    the number of rows, and for each row the number of terms and these: column, coefficient.
+    """
+    forward, inverse = _words(order, transpose=False), _words(order, transpose=True)
+    return np.array([1 + len(forward), *forward, *inverse], np.int16)
+
+
+def _words(order: int, *, transpose: bool) -> list[int]:
+    program = dense_program(order, transpose=transpose)
+    words = [len(program)]
+    for factor in program:
+        words.append(len(factor))
+        for terms in factor:
+            words += [len(terms), *(number for term in terms for number in term)]
+    return words
 
 
 def fits_bytes(spec: QuantSpec) -> bool:

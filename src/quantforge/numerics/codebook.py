@@ -19,7 +19,8 @@ class Codebook:
     Attributes:
         centroids: (2^bits,) float32, ascending, in a unit of their own that scales absorb.
         boundaries: (2^bits - 1,) float32, in units of u; the code of u is the number of
-            boundaries strictly below u.
+            boundaries strictly below u. The last `bits` bits of a boundary are the number of those
+            below it, so that one lookup finds both.
     """
 
     centroids: NDArray[np.float32]
@@ -55,7 +56,16 @@ def load_codebook(name: CodebookName, bits: int, dim: int) -> Codebook:
         positive = _positive_half(row, bits)
     centroids = np.concatenate([-positive[::-1], positive])
     boundaries = unit * (centroids[1:] + centroids[:-1]) / 2
-    return Codebook(centroids.astype(np.float32), boundaries.astype(np.float32))
+    return Codebook(centroids.astype(np.float32), _numbered(boundaries.astype(np.float32), bits))
+
+
+def _numbered(boundaries: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Return boundaries with their numbers in place of their last bits.
+
+    They move by less than 2^(bits - 23) of themselves; a zero becomes a number of 1e-43 at most.
+    """
+    numbers = np.arange(len(boundaries), dtype=np.int32)
+    return ((boundaries.view(np.int32) & -(1 << bits)) | numbers).view(np.float32)
 
 
 def codebook_of(spec: QuantSpec) -> Codebook:

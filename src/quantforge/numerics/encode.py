@@ -4,7 +4,8 @@ Every backend repeats these operations in this order, each rounded once and none
 and scales are the same bits on numpy, torch and a GPU. (The QR rotation is a matmul and exempt.)
 
     x'    = (x - shift) * (1 / equalizer)
-    p     = 2^floor(log2 max|x'|)                   an exact power of two: no overflow below
+    p     = 1 if 2^-32 <= max|x'| < 2^32            an exact power of two: no overflow below
+            else 2^floor(log2 max|x'|)
     v     = x' / p
     norm  = sqrt(tree_sum(v * v))
     u     = butterfly(v * signs) * (1 / norm)       coordinates of mean square 1
@@ -29,13 +30,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantforge.numerics.codebook import codebook_of
-from quantforge.numerics.hadamard import base_matrix
 from quantforge.numerics.packing import pack, row_bytes, unpack
 from quantforge.numerics.rotation import butterfly, qjl_seed, rotation_matrix, rotation_signs
 from quantforge.spec import QuantSpec, hadamard_base
 
 F32 = NDArray[np.float32]
 SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+ORDINARY = (2.0**-32, 2.0**32)
+"""Vectors whose greatest magnitude lies in here (the end excluded) are not scaled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,12 @@ def floor_power_of_two(x: F32) -> F32:
     return np.maximum(power, SMALLEST_NORMAL)
 
 
+def power_of(peak: F32) -> F32:
+    """Return p of the definition for vectors whose greatest magnitude is `peak`."""
+    is_ordinary = (peak >= np.float32(ORDINARY[0])) & (peak < np.float32(ORDINARY[1]))
+    return np.where(is_ordinary, np.float32(1), floor_power_of_two(peak))
+
+
 def _rotate_raw(v: F32, spec: QuantSpec, seed: int) -> F32:
     """Return sqrt(d) R v, in float32."""
     if spec.rotation == "qr":
@@ -92,7 +102,7 @@ def _rotate_raw(v: F32, spec: QuantSpec, seed: int) -> F32:
         return v @ matrix.T.astype(np.float32)
     base = hadamard_base(spec.dim)
     assert base is not None, "QuantSpec admits only dims that have a Hadamard rotation"
-    return butterfly(v * rotation_signs(spec.dim, seed), base_matrix(base))
+    return butterfly(v * rotation_signs(spec.dim, seed), base)
 
 
 def _reciprocal(x: F32) -> F32:
@@ -118,7 +128,7 @@ def encode(
         v = v - shift.astype(np.float32)
     if equalizer is not None:
         v = v * (np.float32(1) / equalizer.astype(np.float32))
-    power = floor_power_of_two(np.abs(v).max(axis=-1))
+    power = power_of(np.abs(v).max(axis=-1))
     v = v * (np.float32(1) / power)[..., None]
     norm = np.sqrt(tree_sum(v * v))
     inverse_norm = _reciprocal(norm)

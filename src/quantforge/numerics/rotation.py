@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from quantforge.numerics.hadamard import hadamard_matrix
+from quantforge.numerics.hadamard import Terms, dense_program, hadamard_matrix
 from quantforge.spec import QuantSpec, hadamard_base
 
 QJL_SEED_OFFSET = 0x51A5
@@ -49,25 +49,31 @@ def rotation_matrix(spec: QuantSpec, *, seed: int | None = None) -> NDArray[np.f
     return signed / np.sqrt(spec.dim)
 
 
-def butterfly(x: NDArray[np.float32], base: NDArray[np.int8]) -> NDArray[np.float32]:
+def butterfly(x: NDArray[np.float32], order: int) -> NDArray[np.float32]:
     """Return `H x` for the unnormalized Hadamard matrix along the last axis, in float32.
 
-    The order of additions is part of the format: first the dense stage, inputs added from left
-    to right, then butterflies `(a + b, a - b)` of stride m, 2m, 4m, ... Every backend repeats it
-    and so gets the same bits.
+    `order` is the base of the dim: 1, 12, 20 or 28. The order of additions is part of the format:
+    first the factors of the dense stage, terms added from left to right, then butterflies
+    `(a + b, a - b)` of stride 1, 2, 4, ... Every backend repeats it and so gets the same bits.
     """
-    dim, order = x.shape[-1], base.shape[0]
-    lead = x.shape[:-1]
-    if order > 1:
-        parts = x.reshape(*lead, dim // order, order)
-        total = parts[..., :1] * base[:, 0].astype(np.float32)
-        for column in range(1, order):
-            total = total + parts[..., column : column + 1] * base[:, column].astype(np.float32)
-        x = total.reshape(*lead, dim)
-    stride = order
-    while stride < dim:
+    dim = x.shape[-1]
+    lead, run = x.shape[:-1], dim // order
+    parts = [x[..., j * run : (j + 1) * run] for j in range(order)]
+    for factor in dense_program(order):
+        parts = [_sum_of_terms(parts, terms) for terms in factor]
+    x = np.concatenate(parts, axis=-1)
+    stride = 1
+    while stride < run:
         pairs = x.reshape(*lead, dim // (2 * stride), 2, stride)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = np.stack([a + b, a - b], axis=-2).reshape(*lead, dim)
         stride *= 2
     return x
+
+
+def _sum_of_terms(parts: list[NDArray[np.float32]], terms: Terms) -> NDArray[np.float32]:
+    (first, coefficient), *others = terms
+    total = parts[first] * np.float32(coefficient)
+    for index, coefficient in others:
+        total = total + parts[index] * np.float32(coefficient)
+    return total

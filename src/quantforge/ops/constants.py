@@ -12,9 +12,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from quantforge.numerics.codebook import codebook_of
-from quantforge.numerics.hadamard import base_matrix
 from quantforge.numerics.rotation import rotation_matrix, rotation_signs
-from quantforge.spec import QuantSpec, hadamard_base
+from quantforge.spec import QuantSpec
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -99,14 +98,10 @@ def signs(dim: int, seed: int, device: torch.device) -> torch.Tensor:
 
 
 @cached_constant
-def hadamard_columns(dim: int, transpose: bool, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return the columns of the dense stage, each (m, 1) float32; empty for powers of two."""
-    base = hadamard_base(dim)
-    assert base is not None, "QuantSpec admits only dims that have a Hadamard rotation"
-    if base == 1:
-        return ()
-    matrix = base_matrix(base).T if transpose else base_matrix(base)
-    return tuple(_to(matrix[:, j : j + 1], device) for j in range(base))
+def flips(dim: int, seed: int, device: torch.device) -> torch.Tensor:
+    """Return the same as sign bits, (dim,) int16: what inverts a half-precision number's sign."""
+    negative = rotation_signs(dim, seed) < 0
+    return torch.from_numpy(np.where(negative, -(2**15), 0).astype(np.int16)).to(device)
 
 
 @cached_constant

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from quantforge.numerics.hadamard import Terms, dense_program
 from quantforge.ops import constants
-from quantforge.spec import QuantSpec
+from quantforge.spec import QuantSpec, hadamard_base
 
 MAX_DENSE_DIM = {"cpu": 256, "cuda": 1024}
 """Up to here a rotation is one matmul with a cached matrix (4 MiB at most).
@@ -26,23 +27,29 @@ def butterfly(x: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
     is that of `numerics.rotation.butterfly`.
     """
     dim, n = x.shape
-    columns = constants.hadamard_columns(dim, transpose, x.device)
-    order = max(len(columns), 1)
-    other = torch.empty_like(x)
-    if columns:
-        parts, total = x.view(-1, order, n), other.view(-1, order, n)
-        torch.mul(parts[:, :1], columns[0], out=total)
-        for j in range(1, order):
-            total.addcmul_(parts[:, j : j + 1], columns[j])  # exact: the factor is +-1
-        x, other = other, x
-    stride = order
-    while stride < dim:
+    order = hadamard_base(dim)
+    assert order is not None, "QuantSpec admits only dims that have a Hadamard rotation"
+    parts = list(x.view(order, -1, n))
+    for factor in dense_program(order, transpose=transpose):
+        parts = [_sum_of_terms(parts, terms) for terms in factor]
+    if order > 1:
+        x = torch.stack(parts).view(dim, n)
+    other, stride = torch.empty_like(x), 1
+    while stride < dim // order:
         pairs, out = x.view(-1, 2, stride * n), other.view(-1, 2, stride * n)
         torch.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
         torch.sub(pairs[:, 0], pairs[:, 1], out=out[:, 1])
         x, other = other, x
         stride *= 2
     return x
+
+
+def _sum_of_terms(parts: list[torch.Tensor], terms: Terms) -> torch.Tensor:
+    (first, coefficient), *others = terms
+    total = parts[first] if coefficient == 1 else parts[first] * coefficient
+    for index, coefficient in others:  # exact: products are not rounded
+        total = torch.add(total, parts[index], alpha=coefficient)
+    return total
 
 
 def rotate_raw(v: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:

@@ -157,7 +157,12 @@ static void quantize_of(const QuantizeArgs &a, int64_t begin, int64_t end, Scrat
         for (int64_t i = 0; i < dim; i++)
             greatest = Vector::max(Vector::abs(at(tile, i)), greatest);
         const I exponent = Vector::bit_and(Vector::bits(greatest), Vector::iset1(0x7F800000));
-        const F power = Vector::floats(Vector::imax(exponent, Vector::iset1(0x00800000)));
+        const F ordinary = Vector::select(  // bounds of numerics.encode.ORDINARY
+            Vector::greater(Vector::set1(0x1p-32f), greatest), Vector::zero(),
+            Vector::select(Vector::greater(Vector::set1(0x1p32f), greatest), one, Vector::zero()));
+        const F power = Vector::select(
+            Vector::greater(ordinary, Vector::zero()), one,
+            Vector::floats(Vector::imax(exponent, Vector::iset1(0x00800000))));
         const F inverse_power = Vector::div(one, power);
         const F norm = Vector::sqrt(tree_sum_of(terms, dim, [&](int64_t i)
                                                      __attribute__((always_inline)) {

@@ -26,7 +26,7 @@ struct Code {
     int32_t wide_scales;  // 1: float32, 0: float16
     float dim_factor;
     float inv_sqrt_dim;
-    const int8_t *base;        // (order, order) of +-1
+    const int16_t *dense;      // the dense Hadamard stage and its transpose, as code.py writes it
     const float *signs;        // (dim,) of +-1
     const float *centroids;    // (2^bits,) repeated to 16 at least
     const float *boundaries;   // (2^bits - 1,)

@@ -36,31 +36,50 @@ static INLINE F at(const float *tile, int64_t channel) {
     return Vector::load(tile + channel * LANES);
 }
 
-// The dense stage: each run of `order` channels times the base matrix, added from left to right.
-static INLINE void dense_stage(float *tile, int64_t dim, const int8_t *base, int order,
-                               bool transpose) {
-    F x[28];
-    for (int64_t start = 0; start < dim; start += order) {
-        float *part = tile + start * LANES;
-        for (int j = 0; j < order; j++) x[j] = at(part, j);
-        for (int i = 0; i < order; i++) {
-            F total = Vector::zero();
-            for (int j = 0; j < order; j++) {
-                const bool minus = (transpose ? base[j * order + i] : base[i * order + j]) < 0;
-                if (j == 0) total = minus ? Vector::sub(Vector::set1(-0.0f), x[0]) : x[0];
-                else total = minus ? Vector::sub(total, x[j]) : Vector::add(total, x[j]);
+constexpr int MAX_ORDER = 28;
+
+// One sum of a factor of the dense stage: terms (column, coefficient) added from left to right.
+static INLINE F sum_of_terms(const F *x, int terms, const int16_t *&word) {
+    F total = Vector::zero();
+    for (int t = 0; t < terms; t++) {
+        const F value = x[*word++];
+        const int coefficient = *word++;
+        const F term = coefficient == 1    ? value
+                       : coefficient == -1 ? Vector::sub(Vector::set1(-0.0f), value)
+                                           : Vector::mul(value, Vector::set1((float)coefficient));
+        total = t == 0 ? term : Vector::add(total, term);
+    }
+    return total;
+}
+
+// The dense stage: `order` channels dim / order apart go through its factors.
+static INLINE void dense_stage(float *tile, int64_t dim, const int16_t *program, int order) {
+    F x[2][MAX_ORDER];
+    const int64_t run = dim / order;
+    for (int64_t g = 0; g < run; g++) {
+        for (int j = 0; j < order; j++) x[0][j] = at(tile, j * run + g);
+        const int16_t *word = program;
+        const int factors = *word++;
+        for (int f = 0; f < factors; f++) {
+            const int rows = *word++;
+            for (int i = 0; i < rows; i++) {
+                const int terms = *word++;
+                x[(f + 1) % 2][i] = sum_of_terms(x[f % 2], terms, word);
             }
-            Vector::store(part + i * LANES, total);
         }
+        for (int j = 0; j < order; j++)
+            Vector::store(tile + (j * run + g) * LANES, x[factors % 2][j]);
     }
 }
 
 // H x in the order of additions of numerics.rotation.butterfly, or H^T x. Two stages at a time: the
 // same additions with half of the loads.
 static void butterfly(float *tile, int64_t dim, const Code &code, bool transpose) {
-    int64_t stride = code.order;
-    if (code.order > 1) dense_stage(tile, dim, code.base, code.order, transpose);
-    for (; 4 * stride <= dim; stride *= 4) {
+    const int64_t run = dim / code.order;
+    if (code.order > 1)
+        dense_stage(tile, dim, code.dense + (transpose ? code.dense[0] : 1), code.order);
+    int64_t stride = 1;
+    for (; 4 * stride <= run; stride *= 4) {
         for (int64_t start = 0; start < dim; start += 4 * stride) {
             for (int64_t i = start; i < start + stride; i++) {
                 const F a = at(tile, i), b = at(tile, i + stride);
@@ -74,11 +93,13 @@ static void butterfly(float *tile, int64_t dim, const Code &code, bool transpose
             }
         }
     }
-    if (stride < dim) {
-        for (int64_t i = 0; i < stride; i++) {
-            const F a = at(tile, i), b = at(tile, i + stride);
-            Vector::store(tile + i * LANES, Vector::add(a, b));
-            Vector::store(tile + (i + stride) * LANES, Vector::sub(a, b));
+    if (stride < run) {
+        for (int64_t start = 0; start < dim; start += 2 * stride) {
+            for (int64_t i = start; i < start + stride; i++) {
+                const F a = at(tile, i), b = at(tile, i + stride);
+                Vector::store(tile + i * LANES, Vector::add(a, b));
+                Vector::store(tile + (i + stride) * LANES, Vector::sub(a, b));
+            }
         }
     }
 }

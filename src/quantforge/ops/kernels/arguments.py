@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from quantforge.numerics.packing import planes
 from quantforge.ops.kernels.axes import Axes
@@ -86,11 +84,6 @@ def _dense_channels(t: torch.Tensor | None) -> torch.Tensor | None:
 def plane_list(spec: QuantSpec) -> tuple[tuple[int, int, int], ...]:
     """Return (width, shift, offset) of the planes of codes."""
     return tuple((p.width, p.shift, p.offset) for p in planes(spec.dim, spec.code_bits))
-
-
-def signs_of_rows(matrix: NDArray[np.int8]) -> tuple[int, ...]:
-    """Return one integer per row of a matrix of +-1, with bit j set where entry j is -1."""
-    return tuple(sum(1 << j for j, entry in enumerate(row) if entry < 0) for row in matrix)
 
 
 @dataclass(frozen=True)

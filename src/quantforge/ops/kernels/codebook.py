@@ -9,9 +9,13 @@ modulo its size, so a NaN finds some entry too. Boundaries keep clear of the edg
 not matter whether the product is rounded before the addition.
 
 A code of few bits needs 31 cells once u is clamped to where the boundaries are, and these lie in
-the registers of a warp, one in each lane: a lookup is a shuffle, which computes no address.
+the registers of a warp, one in each lane: a lookup is a shuffle, which computes no address. As the
+last bits of a boundary are the number of those below, one shuffle finds both; a cell without a
+boundary holds a large number with such bits. Bits above those of the code are left in the result.
 
     cell(u) = round(30 * saturate(u * slope / 30 + 1/2))
+    word    = cells[cell]
+    code(u) = word + (u > word)                    modulo 2^bits
 """
 
 from __future__ import annotations
@@ -37,6 +41,12 @@ _CLEARANCE = 1e-3
 _LANES, _LANE_CELLS = 32, 30
 """Entries in the lanes of a warp, and the greatest cell: an even number, as 0 is a boundary."""
 
+MAX_LANE_BITS = 5
+"""Up to here the lanes of a warp hold all centroids."""
+
+_NO_BOUNDARY = 0x7F000000
+"""Bits of 2^127, which nothing exceeds: |u| <= sqrt(dim)."""
+
 
 @dataclass(frozen=True, eq=False)
 class CellTable:
@@ -46,7 +56,7 @@ class CellTable:
         slope: cells per unit of u.
         size: cells, a power of two; None for the 31 that lie in lanes, of clamped u.
         table: (2 size + 2^bits,) float32: boundary of each cell (infinity for none), boundaries
-            below each cell (int32 bits), centroids. Of lanes, three times 32 numbers.
+            below each cell (int32 bits), centroids. Of lanes, 32 words and 32 centroids.
     """
 
     slope: float
@@ -92,11 +102,11 @@ def lane_table(boundaries: np.ndarray, centroids: np.ndarray) -> tuple[float, np
     while np.abs(bounds).max() * slope < _LANE_CELLS / 2:
         if is_clear(bounds * slope):
             home = np.rint(bounds * slope).astype(np.int64) + _LANE_CELLS // 2
-            boundary = np.full(_LANES, np.inf, np.float32)
-            boundary[home] = boundaries
             below = np.searchsorted(home, np.arange(_LANES), side="left").astype(np.int32)
+            word = (below | _NO_BOUNDARY).view(np.float32)
+            word[home] = boundaries
             repeated = np.resize(centroids.astype(np.float32), _LANES)
-            return slope, np.concatenate([boundary, below.view(np.float32), repeated])
+            return slope, np.concatenate([word, repeated])
         slope = float(np.float32(slope * 1.002))
     return None
 
@@ -120,6 +130,13 @@ def lane_cells_of(spec: QuantSpec, device: torch.device) -> CellTable:
     return CellTable(found[0], None, torch.from_numpy(found[1]).to(device))
 
 
+@cached_constant
+def centroids_of_lanes(spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    """Return up to 32 centroids, repeated to 32 float32."""
+    repeated = np.resize(codebook_of(spec).centroids.astype(np.float32), _LANES)
+    return torch.from_numpy(repeated).to(device)
+
+
 @triton.jit
 def lookup_table(table_ptr, CELLS: tl.constexpr):
     """Return what `nearest` looks up in: the table, or what a lane holds of it.
@@ -130,8 +147,7 @@ def lookup_table(table_ptr, CELLS: tl.constexpr):
         lane = tl.inline_asm_elementwise(
             "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
         )
-        below = tl.load(table_ptr + 32 + lane).to(tl.int32, bitcast=True)
-        table = (tl.load(table_ptr + lane), below, tl.load(table_ptr + 64 + lane))
+        table = (tl.load(table_ptr + lane), tl.load(table_ptr + 32 + lane))
     else:
         table = table_ptr
     return table
@@ -139,33 +155,36 @@ def lookup_table(table_ptr, CELLS: tl.constexpr):
 
 @triton.constexpr_function
 def lane_lookup(slope: float) -> str:
-    """Return assembly: code $0 and centroid $1 of u $2, by the lane's entries $3, $4, $5."""
+    """Return assembly: code $0 and centroid $1 of u $2, by the lane's entries $3, $4."""
     per_cell, half, last, magic = (
         f"0f{int(np.float32(value).view(np.uint32)):08X}"
         for value in (slope / _LANE_CELLS, 0.5, _LANE_CELLS, 2**23)
     )
     return f"""{{
-        .reg .f32 cell, boundary;
-        .reg .b32 index, above;
+        .reg .f32 cell, boundary, rest;
+        .reg .b32 index, word, above;
         fma.rn.sat.f32 cell, $2, {per_cell}, {half};
         fma.rn.f32 cell, cell, {last}, {magic};
         mov.b32 index, cell;
         shfl.sync.idx.b32 boundary, $3, index, 0x1f, 0xffffffff;
-        shfl.sync.idx.b32 $0, $4, index, 0x1f, 0xffffffff;
-        sub.rn.f32 boundary, boundary, $2;
-        mov.b32 above, boundary;
+        sub.rn.f32 rest, boundary, $2;
+        mov.b32 word, boundary;
+        mov.b32 above, rest;
         shr.u32 above, above, 31;
-        add.s32 $0, $0, above;
-        shfl.sync.idx.b32 $1, $5, $0, 0x1f, 0xffffffff;
+        add.s32 $0, word, above;
+        shfl.sync.idx.b32 $1, $4, $0, 0x1f, 0xffffffff;
     }}"""
 
 
 @triton.jit
 def nearest_in_lanes(u, table, SLOPE: tl.constexpr):
-    """Return codes and centroids by a table of 31 cells. Instructions per element: 7."""
+    """Return codes, modulo 2^bits, and centroids. Instructions per element: 6, with two shuffles.
+
+    Lanes without data take part in the shuffles: every lane has some u.
+    """
     ASSEMBLY: tl.constexpr = lane_lookup(SLOPE)
     return tl.inline_asm_elementwise(
-        ASSEMBLY, "=&r,=&f,f,f,r,f", [u, table[0], table[1], table[2]],
+        ASSEMBLY, "=&r,=&f,f,f,f", [u, table[0], table[1]],
         dtype=(tl.int32, tl.float32), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -173,6 +192,8 @@ def nearest_in_lanes(u, table, SLOPE: tl.constexpr):
 @triton.jit
 def nearest(u, table, SLOPE: tl.constexpr, CELLS: tl.constexpr):
     """Return the code of each u (int32) and its centroid. `table` comes from `lookup_table`.
+
+    Bits above those of the code are undefined.
 
     Instructions per element, in memory: fma, and, 2 loads and their addresses, subtract,
     shift-and-add; address, load.
@@ -188,3 +209,34 @@ def nearest(u, table, SLOPE: tl.constexpr, CELLS: tl.constexpr):
         code = (below + is_above).to(tl.int32)
         centroid = tl.load(table + 2 * CELLS + code)
     return code, centroid
+
+
+@triton.jit
+def centroids_in_lanes(centroid_ptr):
+    """Return what a lane holds of up to 32 centroids, repeated to 32; see `lookup_table`."""
+    lane = tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return tl.load(centroid_ptr + lane)
+
+
+@triton.jit
+def centroids_at(codes, table, IN_LANES: tl.constexpr):
+    """Return the centroids of int32 codes; of lanes by their low five bits."""
+    if IN_LANES:
+        centroids = tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $2, $1, 0x1f, 0xffffffff;",
+            "=f,r,f", [codes, table], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        centroids = tl.load(table + codes)
+    return centroids
+
+
+@triton.jit
+def centroids_of_runs(codes, table, IN_LANES: tl.constexpr):
+    """Return the centroids of a tuple of tensors of codes."""
+    centroids = ()
+    for j in tl.static_range(len(codes)):
+        centroids = centroids + (centroids_at(codes[j], table, IN_LANES),)
+    return centroids

@@ -37,20 +37,31 @@ def widened(x, flips):
 
 
 @triton.jit
-def tree_sum(x, live, ROWS: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr):
-    """Sum rows (ROWS, N) by halving; returns a column (ROWS, 1). `live` masks columns, or is None.
+def tree_sum(x, ROWS: tl.constexpr, N: tl.constexpr, LAYOUT: tl.constexpr):
+    """Sum rows (ROWS, N), N a power of two, by halving; returns a column (ROWS, 1).
 
-    The definition adds nothing for columns that are not there, and a sum of products may be -0.
-    Here -0 is added in their place, which changes no number (and which the compiler leaves out).
     Each step adds exactly two numbers, so it has no order of its own. Costs about 1 instruction
     per element where the upper bits of a channel number registers.
     """
-    if live is not None:  # a literal -0.0 would become 0.0
-        x = tl.where(live, x, tl.cast(-(2**31), tl.int32).to(tl.float32, bitcast=True))
     for level in tl.static_range(20):
         if (N >> level) > 1:
             x = tl.sum(tl.reshape(x, (ROWS, 2, (N >> level) // 2)), axis=1)
     return per_row(tl.reshape(x, (ROWS,)), LAYOUT)
+
+
+@triton.jit
+def sum_of_runs(parts, ROWS: tl.constexpr, G: tl.constexpr, LAYOUT: tl.constexpr):
+    """Sum vectors given as runs (ROWS, G) in the same order; nothing is added for absent runs."""
+    for level in tl.static_range(5):
+        if len(parts) > 16 >> level:
+            sums = ()
+            for j in tl.static_range(16 >> level):
+                if j + (16 >> level) < len(parts):
+                    sums = sums + (parts[j] + parts[j + (16 >> level)],)
+                else:
+                    sums = sums + (parts[j],)
+            parts = sums
+    return tree_sum(parts[0], ROWS, G, LAYOUT)
 
 
 @triton.jit
@@ -72,21 +83,44 @@ def power_from_peak(peak):
 
 
 @triton.jit
-def power_of_two(v, LAYOUT: tl.constexpr):
-    """Return `power_from_peak` of max|v| per row, each (ROWS, 1)."""
-    return power_from_peak(per_row(tl.max(tl.abs(v), axis=1), LAYOUT))
+def scaling(peak):
+    """Return p of the definition for vectors of a greatest magnitude (ROWS, 1), and 1 / p."""
+    power, inverse_power = power_from_peak(peak)
+    is_ordinary = (peak >= 2.0**-32) & (peak < 2.0**32)
+    return tl.where(is_ordinary, 1.0, power), tl.where(is_ordinary, 1.0, inverse_power)
 
 
 @triton.jit
-def scale_factor(
-    u, c, live, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Return the factor of the scale rule per row: (ROWS, 1). `live` is as in `tree_sum`."""
-    if RULE != "norm":
-        products = tree_sum(u * c, live, ROWS, N, LAYOUT)
-    if RULE != "unbiased":
-        squares = tree_sum(c * c, live, ROWS, N, LAYOUT)
+def power_of_two(v, LAYOUT: tl.constexpr):
+    """Return `scaling` of vectors v (ROWS, N), each (ROWS, 1)."""
+    return scaling(per_row(tl.max(tl.abs(v), axis=1), LAYOUT))
+
+
+@triton.jit
+def some_are_extreme(squares, LAYOUT: tl.constexpr):
+    """Return whether not all sums of squares (ROWS, 1) prove that their vectors have p = 1.
+
+    max^2 <= sum <= 2^13 max^2, with room for rounding; a NaN proves nothing. A vote says to the
+    assembler what Triton knows: all lanes of a warp agree.
+    """
+    is_ordinary = (squares >= 2.0**-50) & (squares <= 2.0**63)
+    extreme = tl.max(tl.max(tl.where(is_ordinary, 0, 1), axis=1), axis=0)
+    if LAYOUT is not None:
+        extreme = tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            setp.ne.s32 p, $1, 0;
+            vote.sync.any.pred p, p, 0xffffffff;
+            selp.s32 $0, 1, 0, p;
+            }""",
+            "=r,r", [extreme], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return extreme != 0
+
+
+@triton.jit
+def factor_of(products, squares, RULE: tl.constexpr, DIM: tl.constexpr):
+    """Return the factor of the scale rule from <u, c> and <c, c>, (ROWS, 1) where needed."""
     if RULE == "unbiased":
         factor = reciprocal(products) * (DIM * 1.0)
     elif RULE == "norm":
@@ -94,3 +128,39 @@ def scale_factor(
     else:
         factor = products * reciprocal(squares)
     return factor
+
+
+@triton.jit
+def scale_factor(
+    u, c, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, LAYOUT: tl.constexpr
+):  # fmt: skip
+    """Return the factor of the scale rule per row: (ROWS, 1)."""
+    products, squares = None, None
+    if RULE != "norm":
+        products = tree_sum(u * c, ROWS, DIM, LAYOUT)
+    if RULE != "unbiased":
+        squares = tree_sum(c * c, ROWS, DIM, LAYOUT)
+    return factor_of(products, squares, RULE, DIM)
+
+
+@triton.jit
+def product_of_runs(x, y, ROWS: tl.constexpr, G: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return the inner products of vectors in runs, (ROWS, 1)."""
+    products = ()
+    for j in tl.static_range(len(x)):
+        products = products + (x[j] * y[j],)
+    return sum_of_runs(products, ROWS, G, LAYOUT)
+
+
+@triton.jit
+def scale_factor_of_runs(
+    u, c, RULE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Return the same of vectors in runs (ROWS, G)."""
+    products, squares = None, None
+    if RULE != "norm":
+        products = product_of_runs(u, c, ROWS, G, LAYOUT)
+    if RULE != "unbiased":
+        squares = product_of_runs(c, c, ROWS, G, LAYOUT)
+    return factor_of(products, squares, RULE, DIM)

@@ -63,14 +63,12 @@ def first_columns(layout: Any, width: int) -> Any:
 
 
 @triton.constexpr_function
-def every_fourth(layout: Any) -> Any:
-    """Return the layout (rows, width / 4) of every fourth column of a tile (rows, width)."""
-    if layout is None:
-        return None
-    kept = [[row, column // 4] for row, column in layout.reg_bases if row or column >= 4]
-    lanes = [[row, column // 4] for row, column in layout.lane_bases]
-    warps = [[row, column // 4] for row, column in layout.warp_bases]
-    shape = [layout.shape[0], layout.shape[1] // 4]
+def every_second(layout: Any) -> Any:
+    """Return the layout (rows, width / 2) of every second column of a tile (rows, width)."""
+    kept = [[row, column // 2] for row, column in layout.reg_bases if row or column >= 2]
+    lanes = [[row, column // 2] for row, column in layout.lane_bases]
+    warps = [[row, column // 2] for row, column in layout.warp_bases]
+    shape = [layout.shape[0], layout.shape[1] // 2]
     return gl.DistributedLinearLayout(kept, lanes, warps, [], shape)
 
 
@@ -118,9 +116,7 @@ LANES = 5
 
 
 @lru_cache(maxsize=256)
-def lane_tile(
-    width: int, low_bits: int, high_bits: int, num_warps: int, *, reverse_rows: bool = False
-) -> Tile | None:
+def lane_tile(width: int, low_bits: int, high_bits: int, num_warps: int) -> Tile | None:
     """Return a tile whose vectors of `width` (a power of two) lie in `2^lane_bits` lanes each.
 
         channel    [ high bits: registers ][ middle bits: lanes ][ low bits: registers ]
@@ -128,10 +124,6 @@ def lane_tile(
 
     A thread so loads runs of 2^low_bits channels, and what pairs a channel with one half or a
     quarter of the vector away needs no other lane. None where the middle exceeds a warp.
-
-    `reverse_rows` gives rows to the warps the other way round. A gather between tiles that differ
-    in that goes through shared memory; within a warp Triton would shuffle and select, which is
-    eight times the instructions.
     """
     bits = width.bit_length() - 1
     low = min(low_bits, bits)
@@ -142,8 +134,6 @@ def lane_tile(
     lane_bases = [[0, 1 << (low + b)] for b in range(lanes)]
     rows = num_warps << (LANES - lanes)
     row_bases = [[1 << b, 0] for b in range(rows.bit_length() - 1)]
-    if reverse_rows:
-        row_bases.reverse()
     lane_bases += row_bases[: LANES - lanes]
     warps = row_bases[LANES - lanes :]
     layout = gl.DistributedLinearLayout(registers, lane_bases, warps, [], [rows, width])

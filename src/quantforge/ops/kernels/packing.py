@@ -1,10 +1,11 @@
 """Codes to bytes and back: the planes of `numerics.packing`, in a tile of rows.
 
-A vector is `odd * 2^k` channels in a tile of `2^j` columns. A plane of width w puts a channel and
-those `odd * 2^k * w / 8` bytes away into one byte, so the tile is cut into chunks of that size over
-`odd`, and chunk t goes to slot `t // odd` of byte chunk `t % odd`:
+A plane of width w puts a channel and those `dim * w / 8` bytes away into one byte, so a tile of
+codes is cut into chunks of columns, and chunk `t + slot * count` goes to a slot of byte chunk t:
 
-    odd = 3, w = 4     [ 0 | 1 | 2 | 3 | 4 | 5 ]  ->  bytes [ 0 + 3<<4 | 1 + 4<<4 | 2 + 5<<4 ]
+    w = 4, count = 3     [ 0 | 1 | 2 | 3 | 4 | 5 ]  ->  bytes [ 0 + 3<<4 | 1 + 4<<4 | 2 + 5<<4 ]
+
+A vector of a power of two has one byte chunk; one of m runs has m w / 8, of half a run if it must.
 
 WORDS tells that rows are multiples of 4 bytes where they are not of 16, which the compiler finds
 out by itself. (A hint belongs to the operation that makes the pointers: it has no effect on an
@@ -35,66 +36,91 @@ def chunks(x, ROWS: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def store_plane(
-    codes,
-    row_pointers,
-    mask,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    DIM: tl.constexpr,
-    ODD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SHIFT: tl.constexpr,
-    IS_TOP: tl.constexpr,
-    WORDS: tl.constexpr,
+def store_fields(
+    chunks_of_codes, row_pointers, mask,
+    N: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr, WORDS: tl.constexpr,
     LAYOUT: tl.constexpr,
-):
-    """Store one plane of codes (ROWS, N), of which DIM columns count; a top one has no bits above.
+):  # fmt: skip
+    """Store one plane of codes given as chunks (ROWS, N) of channels, in order.
 
-    `row_pointers` and `mask` are columns (ROWS, 1). Bytes past the data, up to a multiple of 4,
-    become zeros. Instructions per element: 1-2.
+    `row_pointers` and `mask` are columns (ROWS, 1). Bits above a code are left out. Instructions
+    per element: 1-2.
     """
     SLOTS: tl.constexpr = 8 // WIDTH
-    COUNT: tl.constexpr = N * ODD // DIM * SLOTS
-    STRIDE: tl.constexpr = DIM * WIDTH // 8
-    field = codes >> SHIFT
-    if not IS_TOP:
-        field = field & ((1 << WIDTH) - 1)
-    fields = chunks(field, ROWS, N, COUNT)
-    pointers = columns(row_pointers, N // COUNT, LAYOUT)
-    pointers = pointers + column_axis(N // COUNT, LAYOUT)
-    if WORDS and N // COUNT >= 4:
+    COUNT: tl.constexpr = len(chunks_of_codes) // SLOTS
+    pointers = columns(row_pointers, N, LAYOUT) + column_axis(N, LAYOUT)
+    if WORDS and N >= 4:
         pointers = tl.multiple_of(pointers, (1, 4))
-    wanted = columns(mask, N // COUNT, LAYOUT)
-    for chunk in tl.static_range(ODD):
-        total = fields[chunk]
+    wanted = columns(mask, N, LAYOUT)
+    for chunk in tl.static_range(COUNT):
+        total = chunks_of_codes[chunk] >> SHIFT
+        if SLOTS > 1:
+            total = total & ((1 << WIDTH) - 1)
         for slot in tl.static_range(1, SLOTS):
-            total = total + (fields[slot * ODD + chunk] << (slot * WIDTH))  # one instruction
-        packed = columns(total.to(tl.uint8), N // COUNT, LAYOUT)
-        tl.store(pointers + chunk * (N // COUNT), packed, mask=wanted)
+            field = chunks_of_codes[slot * COUNT + chunk] >> SHIFT
+            if slot + 1 < SLOTS:
+                field = field & ((1 << WIDTH) - 1)
+            total = total | (field << (slot * WIDTH))
+        tl.store(pointers + chunk * N, columns(total.to(tl.uint8), N, LAYOUT), mask=wanted)
+
+
+@triton.jit
+def _store_plane(
+    codes, rows, mask,
+    ROWS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
+    WORDS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    STRIDE: tl.constexpr = N * WIDTH // 8
+    fields = chunks(codes, ROWS, N, 8 // WIDTH)
+    store_fields(fields, rows, mask, STRIDE, WIDTH, SHIFT, WORDS, LAYOUT)
     for byte in tl.static_range(STRIDE, (STRIDE + 3) // 4 * 4):
-        tl.store(row_pointers + byte, 0, mask=mask)
+        tl.store(rows + byte, 0, mask=mask)
 
 
 @triton.jit
 def store_codes(
-    codes,
-    row_pointers,
-    mask,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    DIM: tl.constexpr,
-    ODD: tl.constexpr,
-    PLANES: tl.constexpr,
-    WORDS: tl.constexpr,
+    codes, row_pointers, mask,
+    ROWS: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
     LAYOUT: tl.constexpr,
-):
-    """Store codes (ROWS, N) as the planes (width, shift, offset) that PLANES lists."""
+):  # fmt: skip
+    """Store codes (ROWS, N), N a power of two, as the planes (width, shift, offset) of PLANES.
+
+    Bytes past the data of a plane, up to a multiple of 4, become zeros.
+    """
     for plane in tl.static_range(len(PLANES)):
-        store_plane(
+        _store_plane(
             codes, row_pointers + PLANES[plane][2], mask,
-            ROWS, N, DIM, ODD, PLANES[plane][0], PLANES[plane][1], plane + 1 == len(PLANES),
-            WORDS, LAYOUT,
+            ROWS, N, PLANES[plane][0], PLANES[plane][1], WORDS, LAYOUT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_plane_of_runs(
+    codes, rows, mask,
+    ROWS: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, SHIFT: tl.constexpr,
+    WORDS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    PIECES: tl.constexpr = 1 if len(codes) * WIDTH % 8 == 0 else 2
+    STRIDE: tl.constexpr = len(codes) * G * WIDTH // 8
+    fields = ()
+    for j in tl.static_range(len(codes)):
+        fields = fields + chunks(codes[j], ROWS, G, PIECES)
+    store_fields(fields, rows, mask, G // PIECES, WIDTH, SHIFT, WORDS, LAYOUT)
+    for byte in tl.static_range(STRIDE, (STRIDE + 3) // 4 * 4):
+        tl.store(rows + byte, 0, mask=mask)
+
+
+@triton.jit
+def store_runs(
+    codes, row_pointers, mask,
+    ROWS: tl.constexpr, G: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Store codes given as m runs (ROWS, G), as `store_codes` does."""
+    for plane in tl.static_range(len(PLANES)):
+        _store_plane_of_runs(
+            codes, row_pointers + PLANES[plane][2], mask,
+            ROWS, G, PLANES[plane][0], PLANES[plane][1], WORDS, LAYOUT,
         )  # fmt: skip
 
 
@@ -111,32 +137,89 @@ def joined(parts, ROWS: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr):
     return parts[0]
 
 
-@triton.jit
-def load_codes(
-    row_pointers, byte_stride, mask,
-    ROWS: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr, WORDS: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """Return codes (ROWS, N), int32, of vectors whose length is a power of two.
+@triton.constexpr_function
+def shifts(width: int) -> str:
+    """Return assembly: the fields of four bytes, slot by slot, each in the low bits of a word."""
+    fields = 8 // width
+    outputs = [(slot, byte) for slot in range(fields) for byte in range(4)]
+    return " ".join(
+        f"shr.u32 ${i}, ${4 * fields}, {8 * byte + width * slot};"
+        for i, (slot, byte) in enumerate(outputs)
+    )
 
-    `row_pointers` and `mask` are columns (ROWS, 1). Instructions per element: 1-2 for each plane.
+
+@triton.jit
+def fields_of(data, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    """Return the 8 / WIDTH fields of bytes as int32; unless EXACT with bits of others above them.
+
+    Instructions per field: 1, or 2.
+    """
+    if EXACT or WIDTH == 8:
+        wide = data.to(tl.int32)
+        fields = ()
+        for slot in tl.static_range(8 // WIDTH):
+            fields = fields + ((wide >> (slot * WIDTH)) & ((1 << WIDTH) - 1),)
+    else:
+        TEXT: tl.constexpr = shifts(WIDTH)
+        OUTPUTS: tl.constexpr = "=&r," * (32 // WIDTH) + "r"
+        fields = tl.inline_asm_elementwise(
+            TEXT, OUTPUTS, [data], dtype=(tl.int32,) * (8 // WIDTH), is_pure=True, pack=4
+        )
+    return fields
+
+
+@triton.jit
+def _load_plane(
+    row_pointers, byte_stride, mask,
+    ROWS: tl.constexpr, M: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr,
+    EXACT: tl.constexpr, WORDS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Return the fields of one plane as M runs (ROWS, G)."""
+    SLOTS: tl.constexpr = 8 // WIDTH
+    PIECES: tl.constexpr = SLOTS if M == 1 else (1 if M % SLOTS == 0 else 2)  # of a run
+    N: tl.constexpr = G // PIECES
+    COUNT: tl.constexpr = M * PIECES // SLOTS
+    pointers = columns(row_pointers, N, LAYOUT)
+    pointers = pointers + column_axis(N, LAYOUT).to(tl.int64) * byte_stride
+    if WORDS and N >= 4:
+        pointers = tl.multiple_of(pointers, (1, 4))
+    wanted = columns(mask, N, LAYOUT)
+    chunks_of_bytes = ()
+    for chunk in tl.static_range(COUNT):
+        data = tl.load(pointers + chunk * N * byte_stride, mask=wanted, other=0)
+        chunks_of_bytes = chunks_of_bytes + (fields_of(data, WIDTH, EXACT),)
+    runs = ()
+    for j in tl.static_range(M):
+        pieces = ()
+        for i in tl.static_range(PIECES):
+            pieces = pieces + (
+                chunks_of_bytes[(j * PIECES + i) % COUNT][(j * PIECES + i) // COUNT],
+            )
+        runs = runs + (columns(joined(pieces, ROWS, G, PIECES), G, LAYOUT),)
+    return runs
+
+
+@triton.jit
+def load_runs(
+    row_pointers, byte_stride, mask,
+    ROWS: tl.constexpr, M: tl.constexpr, G: tl.constexpr, PLANES: tl.constexpr,
+    EXACT: tl.constexpr, WORDS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Return the codes of vectors as M runs (ROWS, G), int32; M is 1 for a power of two.
+
+    `row_pointers` and `mask` are columns (ROWS, 1). Unless EXACT, codes of one plane have bits of
+    others above them. Instructions per element: 1-2 for each plane.
     """
     for plane in tl.static_range(len(PLANES)):
-        bytes_ = columns(row_pointers, N * PLANES[plane][0] // 8, LAYOUT)
-        column = column_axis(N * PLANES[plane][0] // 8, LAYOUT) + PLANES[plane][2]
-        wanted = columns(mask, N * PLANES[plane][0] // 8, LAYOUT)
-        pointers = bytes_ + column.to(tl.int64) * byte_stride
-        if WORDS and N * PLANES[plane][0] >= 32:
-            pointers = tl.multiple_of(pointers, (1, 4))
-        data = tl.load(pointers, mask=wanted, other=0)
-        data = data.to(tl.int32)
-        fields = ()
-        for slot in tl.static_range(8 // PLANES[plane][0]):
-            field = (data >> (slot * PLANES[plane][0])) & ((1 << PLANES[plane][0]) - 1)
-            fields = fields + (field << PLANES[plane][1],)
-        part = columns(joined(fields, ROWS, N, 8 // PLANES[plane][0]), N, LAYOUT)
+        fields = _load_plane(
+            row_pointers + PLANES[plane][2] * byte_stride, byte_stride, mask,
+            ROWS, M, G, PLANES[plane][0], EXACT or len(PLANES) > 1, WORDS, LAYOUT,
+        )  # fmt: skip
         if plane == 0:
-            codes = part
+            codes = fields
         else:
-            codes = codes | part
+            both = ()
+            for j in tl.static_range(M):
+                both = both + (codes[j] | (fields[j] << PLANES[plane][1]),)
+            codes = both
     return codes

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from quantforge.numerics.encode import encode_constants
-from quantforge.numerics.hadamard import base_matrix
 from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
@@ -17,12 +16,12 @@ from quantforge.ops.kernels.arguments import (
     are_words,
     grid_of,
     plane_list,
-    signs_of_rows,
 )
 from quantforge.ops.kernels.axes import Axes
 from quantforge.ops.kernels.codebook import cells_of, lane_cells_of
 from quantforge.ops.kernels.quantize_odd_rows import quantize_odd_rows
 from quantforge.ops.kernels.quantize_rows import quantize_rows
+from quantforge.ops.kernels.rotation import dense_text
 from quantforge.ops.kernels.tuning import odd_factor, placement_of
 from quantforge.spec import QuantSpec
 
@@ -83,6 +82,8 @@ def launch(
         "SLOPE": cells.slope,
         "CELLS": cells.size,
         "INV_SQRT_DIM": factors.inv_sqrt_dim,
+        "FIRST_LANE_BIT": place.tile.first_lane_bit,
+        "LANE_BITS": place.tile.lane_bits,
         "LAYOUT": place.tile.layout,
         "num_warps": place.tile.num_warps,
         "enable_fp_fusion": False,  # every operation of the definition is rounded
@@ -92,7 +93,7 @@ def launch(
     shift_batch, shift_head, equalizer_batch, equalizer_head = statistics.strides(axes)
     common |= {"shift_batch": shift_batch, "shift_head": shift_head}
     with torch.cuda.device_of(x):  # models may be spread over several GPUs
-        if place.runs is None:
+        if odd_factor(spec.dim) == 1:
             is_prod = spec.estimator == "prod"
             offset = row_bytes(spec.dim, spec.code_bits)
             seed = qjl_seed(spec.seed)
@@ -106,22 +107,15 @@ def launch(
                 QJL_PLANES=((1, 0, offset),) if is_prod else None,
                 SQRT_DIM=factors.sqrt_dim,
                 QJL_FACTOR=factors.qjl,
-                FIRST_LANE_BIT=place.tile.first_lane_bit,
-                LANE_BITS=place.tile.lane_bits,
             )
             return
-        order = 4 * odd_factor(spec.dim)
-        equalizer = statistics.equalizer
+        order, equalizer = 4 * odd_factor(spec.dim), statistics.equalizer
         quantize_odd_rows[(grid.programs,)](
             **common,
             inverse_ptr=None if equalizer is None else equalizer.to(torch.float32).reciprocal(),
             inverse_batch=equalizer_batch,
             inverse_head=equalizer_head,
-            N=place.width,
+            flips_ptr=constants.flips(spec.dim, spec.seed, x.device),
             M=order,
-            PADDED=1 << (order - 1).bit_length(),
-            SIGNS=signs_of_rows(base_matrix(order)),
-            FIRST_LANE_BIT=place.runs.first_lane_bit - 2,
-            LANE_BITS=place.runs.lane_bits,
-            RUN_LAYOUT=place.runs.layout,
+            DENSE=dense_text(order),
         )

@@ -6,12 +6,13 @@
 The input is read once: a tile stays in registers from the load to the bytes. The next tile is
 loaded before this one is encoded. Instructions per element at dim 128 and 4 bits, bfloat16:
 
-    convert with signs, maximum, scale         3.5      square, sum, shuffles                3
+    convert with signs                         1.5      square, sum, shuffles                3
     butterfly (5 bits in registers, 2 in lanes)  9      times 1 / norm                       1
-    code and centroid                            7      product, sum, shuffles               3
+    code and centroid                            6      product, sum, shuffles               3
     pack                                         1      scalars of a row, addresses        2.5
 
-5.6 of these 30 are shuffles, of which a multiprocessor does one while it issues four instructions.
+4.6 of these 27 are shuffles, of which a multiprocessor does one while it issues four instructions.
+Maxima and powers of two are computed only where a sum of squares is out of the ordinary.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from quantforge.ops.kernels.encode import (
     power_of_two,
     reciprocal,
     scale_factor,
+    some_are_extreme,
     tree_sum,
     widened,
 )
@@ -46,24 +48,28 @@ def encode_tile(
 
     `packed_rows`, `scale_rows` and `mask` are columns (ROWS, 1).
     """
-    power, inverse_power = power_of_two(v, LAYOUT)
-    v = v * inverse_power
-    norm = tl.sqrt_rn(tree_sum(v * v, None, ROWS, DIM, LAYOUT))
+    squares = tree_sum(v * v, ROWS, DIM, LAYOUT)
+    power = tl.where(squares >= 0.0, 1.0, 1.0)
+    if some_are_extreme(squares, LAYOUT):
+        power, inverse_power = power_of_two(v, LAYOUT)
+        v = v * inverse_power
+        squares = tree_sum(v * v, ROWS, DIM, LAYOUT)
+    norm = tl.sqrt_rn(squares)
     inverse_norm = reciprocal(norm)
     u = butterfly(v, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS) * inverse_norm
     codes, c = nearest(u, table, SLOPE, CELLS)
-    store_codes(codes, packed_rows, mask, ROWS, DIM, DIM, 1, PLANES, WORDS, LAYOUT)
-    scale = norm * INV_SQRT_DIM * scale_factor(u, c, None, RULE, DIM, ROWS, DIM, LAYOUT) * power
+    store_codes(codes, packed_rows, mask, ROWS, DIM, PLANES, WORDS, LAYOUT)
+    scale = norm * INV_SQRT_DIM * scale_factor(u, c, RULE, DIM, ROWS, LAYOUT) * power
     scale = scale.to(scale_rows.dtype.element_ty)
     tl.store(scale_rows, scale, mask=mask)
     if QJL_PLANES is not None:
-        stored = scale.to(tl.float32) * inverse_power
+        stored = scale.to(tl.float32) * tl.div_rn(1.0, power)
         stored = stored * (inverse_norm * SQRT_DIM)
         left = u - stored * c
         turned = butterfly(left * signs_qjl, channel, ROWS, DIM, FIRST_LANE_BIT, LANE_BITS)
         positive = (turned > 0.0).to(tl.int32)
-        store_codes(positive, packed_rows, mask, ROWS, DIM, DIM, 1, QJL_PLANES, WORDS, LAYOUT)
-        left_norm = tl.sqrt_rn(tree_sum(left * left, None, ROWS, DIM, LAYOUT))
+        store_codes(positive, packed_rows, mask, ROWS, DIM, QJL_PLANES, WORDS, LAYOUT)
+        left_norm = tl.sqrt_rn(tree_sum(left * left, ROWS, DIM, LAYOUT))
         left_scale = left_norm * norm * QJL_FACTOR * power
         left_scale = left_scale.to(scale_rows.dtype.element_ty)
         tl.store(scale_rows + scale_column, left_scale, mask=mask)

@@ -51,21 +51,22 @@ class Queries:
 @triton.jit
 def _project(
     query, equalizer, shift, signs, left, right, position, rows, weights, offsets,
-    stride_equalizer, stride_shift, columns_per_head, norm,
+    stride_equalizer, stride_shift, columns_per_head, q, norm,
     DIM: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     B_USED: tl.constexpr, ROTATE: tl.constexpr, EQUALIZER: tl.constexpr, SHIFT: tl.constexpr,
     DIGITS: tl.constexpr, UNIT: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Rotate one query and write it in operand order."""
+    """Rotate one query and write it in operand order; a query from q on is zero."""
     head = tl.program_id(1).to(tl.int64)
-    line = head * tl.num_programs(0) + tl.program_id(0)
+    line = head * q + tl.program_id(0)
     a, b = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
     channel = a * B_USED + b  # (A, B)
     live = (b < B_USED) & (channel < DIM)
-    x = tl.load(query + line * DIM + channel, mask=live, other=0.0).to(tl.float32)
+    asked = tl.program_id(0) < q
+    x = tl.load(query + line * DIM + channel, mask=live & asked, other=0.0).to(tl.float32)
     if SHIFT:
         s = tl.load(shift + head * stride_shift + channel, mask=live, other=0.0).to(tl.float32)
-        tl.store(offsets + line, tl.sum(tl.sum(x * s, 1), 0))
+        tl.store(offsets + line, tl.sum(tl.sum(x * s, 1), 0), mask=asked)
     if EQUALIZER:
         e = tl.load(equalizer + head * stride_equalizer + channel, mask=live, other=0.0)
         x *= e.to(tl.float32)
@@ -103,13 +104,13 @@ def _project(
 
 
 def _factors(dim: int) -> tuple[int, int]:
-    """Return (A, B): dim = A * B, A a power of two, as even as possible with B >= A."""
+    """Return (A, B): dim = A * B, B a power of two, as even as possible with B >= A."""
     base = hadamard_base(dim)
     assert base is not None, "only Hadamard rotations are factored"
-    a = 1
-    while dim % (2 * a) == 0 and 4 * a * a <= dim and (dim // base) % (2 * a) == 0:
-        a *= 2
-    return a, dim // a
+    b = 1
+    while b * b < dim and (dim // base) % (2 * b) == 0:
+        b *= 2
+    return dim // b, b
 
 
 def _padded(size: int) -> int:
@@ -121,9 +122,8 @@ def _hadamard_factors(dim: int, device: torch.device) -> tuple[torch.Tensor, tor
     """Return H_A and H_B^T, zeros up to a power of two >= 16."""
     base = hadamard_base(dim) or 1
     a, b = _factors(dim)
-    power_b = (b // base).bit_length() - 1
-    left = hadamard_matrix(a.bit_length() - 1, 1)
-    right = hadamard_matrix(power_b, base).T
+    left = hadamard_matrix((a // base).bit_length() - 1, base)
+    right = hadamard_matrix(b.bit_length() - 1, 1).T
     result = []
     for matrix in (left, right):
         size = _padded(len(matrix))
@@ -175,12 +175,11 @@ def project(
     tiles = -(-q // per_tile)
     columns = tiles * per_tile * digits if digits else q
     kind = torch.int8 if digits else dtype
-    full = layout.width == dim and columns == q * max(digits, 1)
-    make = torch.empty if full else torch.zeros
+    make = torch.empty if layout.width == dim else torch.zeros
     rows = make((heads, columns, layout.width), dtype=kind, device=query.device)
-    weights = make((heads, columns), dtype=torch.float32, device=query.device)
+    weights = torch.empty((heads, columns), dtype=torch.float32, device=query.device)
     form: Form = layout.form
-    grid = (q, heads)
+    grid = (columns // digits if digits else q, heads)
     a_padded = _padded(a) if rotated_here else 1
     _project[grid](
         source,
@@ -196,6 +195,7 @@ def project(
         _head_stride(equalizer, dim),
         _head_stride(shift, dim),
         columns,
+        q,
         dim**-0.5,
         DIM=dim,
         WIDTH=layout.width,

@@ -18,14 +18,13 @@ PROGRAM_ELEMENTS = 4096
 
 @dataclass(frozen=True)
 class Tuning:
-    """How many bits of a channel number registers.
+    """How many bits of a column number registers.
 
     Attributes:
         odd: the odd factor of the dim.
-        width: greatest tile width (the dim, or the next power of two).
+        width: greatest tile width: the dim, or the run of a dim with an odd factor.
         low_bits: the lowest bits, which make the width of a load.
-        high_bits: the highest bits; with the low ones 2^(low + high) numbers of a row per thread.
-        num_warps: warps per program.
+        high_bits: the highest bits; with the low ones 2^(low + high) numbers of a run per thread.
         tiles: tiles per program where there are enough to fill the GPU.
     """
 
@@ -33,22 +32,18 @@ class Tuning:
     width: int
     low_bits: int
     high_bits: int
-    num_warps: int
     tiles: int
 
 
-# Untuned: chosen by the instructions per element of the loop over tiles (SASS of sm_90, Triton 3.6,
-# 4 bits, no statistics), of which a multiprocessor issues 128 a cycle; registers per thread:
-#
-#                      dim 128   dim 768   dim 1024   dim 1536
-#     quantize         30, 128   48, 168    37, 168    52, 168
-#     dequantize       18,  95   30,  96    24,  96    33, 127
+# One warp a program. Chosen by instructions per element of the loop over tiles (SASS of sm_90,
+# Triton 3.6, 4 bits, bfloat16, no statistics), of which a multiprocessor issues 128 a cycle.
 TUNING = (
-    Tuning(odd=1, width=1024, low_bits=3, high_bits=2, num_warps=4, tiles=8),
-    Tuning(odd=1, width=2048, low_bits=3, high_bits=3, num_warps=4, tiles=4),
-    Tuning(odd=3, width=2048, low_bits=3, high_bits=3, num_warps=4, tiles=4),
-    Tuning(odd=5, width=2048, low_bits=2, high_bits=4, num_warps=4, tiles=4),
-    Tuning(odd=7, width=2048, low_bits=2, high_bits=4, num_warps=4, tiles=4),
+    Tuning(odd=1, width=1024, low_bits=3, high_bits=2, tiles=8),
+    Tuning(odd=1, width=2048, low_bits=3, high_bits=3, tiles=4),
+    Tuning(odd=3, width=256, low_bits=3, high_bits=0, tiles=4),
+    Tuning(odd=5, width=128, low_bits=2, high_bits=0, tiles=4),
+    Tuning(odd=5, width=256, low_bits=3, high_bits=0, tiles=4),
+    Tuning(odd=7, width=128, low_bits=2, high_bits=0, tiles=4),
 )
 
 
@@ -57,16 +52,13 @@ class Placement:
     """Where the numbers of a tile are.
 
     Attributes:
-        width: columns of the tile: the dim, or the next multiple of its power of two that is a
-            power of two.
-        tile: flat, by channel.
-        runs: of the rotation of a dim with an odd factor: (rows, 4 groups).
+        width: columns of a tile: the dim, or the run of a dim with an odd factor.
+        tile: how its columns are spread.
         tiles: tiles per program.
     """
 
     width: int
     tile: Tile
-    runs: Tile | None
     tiles: int
 
 
@@ -81,38 +73,26 @@ def odd_factor(dim: int) -> int:
 def placement(dim: int, narrowest: int, device: torch.device) -> Placement:
     """Return the placement of vectors whose narrowest plane has some bits per field."""
     odd = odd_factor(dim)
-    width = dim // odd * (1 << (odd - 1).bit_length())
+    width = dim if odd == 1 else dim // (4 * odd)
+    if odd == 1:  # fields of a byte must lie in one thread; they are dim / 8 apart at least
+        least = {1: 3, 2: 2, 4: 1, 8: 0}[narrowest]
+    else:  # they are whole runs apart, or half ones
+        least = 1 if narrowest == 1 else 0
     for row in TUNING:
         if capability(device)[0] < 7 or odd != row.odd or width > row.width:
             continue
-        # fields of a byte must lie in one thread; they are an eighth of the vector apart at most
-        chunk_bits = (odd - 1).bit_length()
-        slot_bits = {1: 3, 2: 2, 4: 1, 8: 0}[narrowest]
-        high = max(row.high_bits, chunk_bits + slot_bits)
+        high = max(row.high_bits, least)
         low = max(row.low_bits + row.high_bits - high, 1)
-        tile = lane_tile(width, low, high, row.num_warps)
-        if tile is None:
-            continue
-        if odd == 1:
-            return Placement(width, tile, None, row.tiles)
-        group_bits = (dim // (4 * odd)).bit_length() - 1
-        low = group_bits + 2 - tile.lane_bits
-        runs = lane_tile(4 << group_bits, low, 0, row.num_warps, reverse_rows=True)
-        if runs is not None and runs.rows == tile.rows:
-            return Placement(width, tile, runs, row.tiles)
-    anywhere = Tile(max(1, PROGRAM_ELEMENTS // width), num_warps=4)
-    return Placement(width, anywhere, None if odd == 1 else anywhere, 1)
+        tile = lane_tile(width, low, high, 1)
+        if tile is not None:
+            return Placement(width, tile, row.tiles)
+    padded = width * (1 if odd == 1 else 32)
+    return Placement(width, Tile(max(1, PROGRAM_ELEMENTS // padded), num_warps=4), 1)
 
 
 def placement_of(spec: QuantSpec, device: torch.device, *, packs: bool) -> Placement:
-    """Return the placement of a spec's vectors for a kernel that packs codes, or unpacks them.
-
-    With an odd factor unpacking reads each byte where it is needed, so any placement will do.
-    """
-    odd = odd_factor(spec.dim)
-    if not packs and odd > 1:
-        return placement(spec.dim, 8, device)
-    if spec.estimator == "prod" or (packs and odd == 1):
+    """Return the placement of a spec's vectors for a kernel that packs codes, or unpacks them."""
+    if spec.estimator == "prod" or (packs and odd_factor(spec.dim) == 1):
         # three upper bits in registers: sums are over 4 numbers of a thread when they reach lanes
         return placement(spec.dim, 1, device)
     return placement(spec.dim, min(p.width for p in planes(spec.dim, spec.code_bits)), device)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from quantforge.numerics.encode import SMALLEST_NORMAL, encode_constants
+from quantforge.numerics.encode import ORDINARY, SMALLEST_NORMAL, encode_constants
 from quantforge.numerics.packing import packed_width, planes, row_bytes
 from quantforge.numerics.rotation import qjl_seed
 from quantforge.ops import constants
@@ -77,8 +77,10 @@ def encode_columns(
 ) -> None:
     """Encode float32 columns (dim, n) into rows of packed (n, bytes) and scales (n, 1 or 2)."""
     factors = encode_constants(spec.dim)
-    power = (v.abs().amax(0).view(torch.int32) & 0x7F800000).view(torch.float32)
+    peak = v.abs().amax(0)
+    power = (peak.view(torch.int32) & 0x7F800000).view(torch.float32)
     power = power.clamp_min(float(SMALLEST_NORMAL))
+    power = torch.where((peak >= ORDINARY[0]) & (peak < ORDINARY[1]), 1.0, power)
     v = v * power.reciprocal()
     norm = exact_sqrt(tree_sum(v * v))
     inverse_norm = _reciprocal(norm)
