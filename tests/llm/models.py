@@ -69,6 +69,52 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     },
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "mamba_d_state": 8,
+        "use_mamba_kernels": False,
+        "head_dim": None,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128, "head_dim": None},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+}
+"""Models of which some layers are not attention."""
+_LATENT: dict[str, Any] = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": _LATENT,
+    "deepseek_v2": _LATENT,
+    "llama4_text": {
+        "attention_chunk_size": 48,
+        "num_local_experts": 2,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
 }
 SETTINGS: dict[str, Any] = {"sinks": 4, "window": 16, "page_size": 8}
 """Small pages and window, so that short texts fill several pages."""
@@ -76,7 +122,7 @@ SETTINGS: dict[str, Any] = {"sinks": 4, "window": 16, "page_size": 8}
 
 def config_of(family: str, **changes: Any) -> Any:
     """Return the config of a small model of a family."""
-    sizes = SIZES | (FAMILIES | HYBRIDS)[family] | changes
+    sizes = SIZES | (FAMILIES | HYBRIDS | OTHERS)[family] | changes
     settings = {k: v for k, v in sizes.items() if (k, v) != ("head_dim", None)}
     return AutoConfig.for_model(family.removesuffix("_mixed"), **settings)
 

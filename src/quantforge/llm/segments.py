@@ -169,8 +169,9 @@ class SegmentedTensor(torch.Tensor):
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
             return args[0]._but()
         raise UnsupportedError(
-            f"{func} is not defined on the keys and values of a QuantForgeCache; load the model "
-            'with attn_implementation="sdpa" or "eager", or decode with .dequantize()'
+            f"{func} is not defined on the keys and values of a QuantForgeCache; use "
+            'attn_implementation="quantforge", "sdpa" or "eager"; for a model that computes with '
+            "what it cached (MLA), QuantForgeCache(config=model.config); else .dequantize()"
         )
 
 
@@ -182,7 +183,7 @@ def _transpose(x: SegmentedTensor, dim0: int, dim1: int) -> SegmentedTensor:
     if x._staged or {dim0 % x.ndim, dim1 % x.ndim} != {x.ndim - 2, x.ndim - 1}:
         raise UnsupportedError(
             "only the last two axes of cached keys and values can be swapped; use "
-            'attn_implementation="sdpa" or "eager"'
+            'attn_implementation="quantforge", "sdpa" or "eager"'
         )
     return x._but(transposed=not x._transposed)
 

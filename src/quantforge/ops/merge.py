@@ -37,7 +37,7 @@ def dense_attention(
     grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])
     if mask is not None:
         mask = _grouped_mask(mask, batch, heads, kv_heads, length)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         out, lse = _flash_cpu(grouped, key, value, mask, scale)
     elif mask is None and fits_flash(grouped, key, value):
         out, lse = _flash_cuda(grouped, key, value, scale)
