@@ -36,9 +36,9 @@ def test_holds_what_the_oracle_holds(case: Case, dtype: torch.dtype) -> None:
         pair.check()
 
 
-@pytest.mark.parametrize("name", ["pages-4", "rows"])
-def test_measures_before_the_first_page(name: str) -> None:
-    pair = Pair(replace(CASES[name], batch=1), CPU, measured=False)
+@pytest.mark.parametrize(("name", "shifts"), [("pages-4", True), ("rows", True), ("rows", False)])
+def test_measures_before_the_first_page(name: str, shifts: bool) -> None:
+    pair = Pair(replace(CASES[name], batch=1), CPU, measured=False, shifts=shifts)
     _jump(pair, measured=False)
     pair.append(1, "triton")
     assert not pair.window.v_statistics[0].any()

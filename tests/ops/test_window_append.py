@@ -51,8 +51,10 @@ def test_holds_what_the_oracle_holds(case: Case, where: Where) -> None:
 
 @pytest.mark.parametrize("where", IMPLS)
 @pytest.mark.parametrize("name", ["pages-4", "rows"])
-def test_measures_before_the_first_page(name: str, where: Where) -> None:
-    pair = _pair(where, CASES[name], measured=False)
+@pytest.mark.parametrize("shifts", [True, False])
+def test_measures_before_the_first_page(shifts: bool, name: str, where: Where) -> None:
+    case = replace(CASES[name], dtype=where[2])
+    pair = Pair(case, torch.device(where[0]), measured=False, shifts=shifts)
     while int(pair.window.counts[0, 0]) == 0:
         assert not pair.window.k_statistics[0].any()
         pair.append(1, where[1])

@@ -235,9 +235,13 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         self._settle()
 
     def _see(self, query: torch.Tensor, scale: float | None) -> None:
-        if self._pending:  # the window is packed on the device, which does not see queries
+        if self._pending:
             super()._see(query, scale)
             self._settle()
+        elif self._held is not None and not self._held[0]:  # for a page that a later chunk fills
+            heads = self._window.k_dense.shape[1]
+            with torch.inference_mode(False), torch.no_grad():
+                self._queries.see(query, heads, self._new_tokens, scale)
 
     def _stores(self) -> tuple[Any, ...]:
         self._settle()

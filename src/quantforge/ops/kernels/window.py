@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from quantforge.ops.kernels.codebook import nearest
-from quantforge.ops.kernels.encode import power_of_two, reciprocal, scale_factor, tree_sum
+from quantforge.ops.kernels.encode import reciprocal, scale_factor, scaling, tree_sum
+from quantforge.ops.kernels.layouts import per_row
 from quantforge.ops.kernels.packing import store_codes
 from quantforge.ops.kernels.rotation import butterfly
 
@@ -117,11 +118,15 @@ def _measure(
         at = recent + (start + r)[:, None] * D + d[None, :]
         total += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
     shift = total / count
+    if SHIFTS:
+        center = shift
+    else:  # channels are coded about zero
+        center = tl.zeros((D,), tl.float32)
     square = tl.zeros((D,), tl.float32)
     for start in range(0, count, R):
         inside = (start + r < count)[:, None]
         at = recent + (start + r)[:, None] * D + d[None, :]
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32) - shift[None, :]
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32) - center[None, :]
         square += tl.sum(tl.where(inside, x * x, 0.0), 0)
     rms = tl.sqrt_rn(square / count)
     peak = tl.max(rms, 0)
@@ -144,12 +149,12 @@ def _encode(
     v = v - tl.load(statistics + channel)
     factor = tl.div_rn(1.0, tl.load(statistics + other + channel))
     v = v * (factor * tl.load(signs + channel))
-    power, inverse_power = power_of_two(v, None)
+    power, inverse_power = scaling(per_row(tl.max(tl.abs(v), axis=1), None))
     v = v * inverse_power
-    norm = tl.sqrt_rn(tree_sum(v * v, None, R, D, None))
+    norm = tl.sqrt_rn(tree_sum(v * v, R, D, None))
     u = butterfly(v, channel, R, D, 0, 0) * reciprocal(norm)
     codes, c = nearest(u, table, SLOPE, CELLS)
-    factor = scale_factor(u, c, None, RULE, D, R, D, None)
+    factor = scale_factor(u, c, RULE, D, R, None)
     return codes, (norm * INV_SQRT_DIM * factor * power).to(tl.float16)
 
 
@@ -208,7 +213,7 @@ def _append(
                 target = head.to(tl.int64) * tokens + n_packed + row
                 store_codes(
                     codes, packed + target * ROW_BYTES, row < page,
-                    T, D, D, 1, PLANES, False, None,
+                    T, D, PLANES, False, None,
                 )  # fmt: skip
                 tl.store(scales + target, scale, mask=row < page)
         _move_up(recent, rows - n_sinks - page, page, D, MOVE)

@@ -11,13 +11,18 @@ from quantforge.ops.quantize import eager as quantize
 from quantforge.spec import QuantSpec
 
 
-def _measure(x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `ops.measure.measure` of the first `count` of the rows x (..., n, dim)."""
+def _measure(
+    x: torch.Tensor, count: torch.Tensor, shifts: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return shift and equalizer of the first `count` of the rows x (..., n, dim).
+
+    As `ops.measure` does; without a shift channels are coded, and measured, about zero.
+    """
     x = x.to(torch.float32)
     valid = (torch.arange(x.shape[-2], device=x.device) < count)[:, None]
     n = count.clamp_min(1).to(torch.float32)
     shift = torch.where(valid, x, 0.0).sum(-2, keepdim=True) / n
-    square = torch.where(valid, (x - shift).square(), 0.0)
+    square = torch.where(valid, (x - shift if shifts else x).square(), 0.0)
     rms = (square.sum(-2, keepdim=True) / n).sqrt()
     peak = rms.amax(-1, keepdim=True)
     relative = torch.where(peak > 0, rms / peak, 1.0)
@@ -51,7 +56,7 @@ def _pack(
     """Pack the first page behind the sinks where it is due, and move the rest up."""
     recent = dense[:, :, n_sinks:]
     first = due & (n_packed == 0)
-    for i, new in enumerate(_measure(recent, n_recent)):
+    for i, new in enumerate(_measure(recent, n_recent, flags[0])):
         if flags[i]:
             statistics[i] = torch.where(first, new, statistics[i])
     rows, row_scales = quantize.quantize(

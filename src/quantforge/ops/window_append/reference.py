@@ -25,6 +25,7 @@ class Head:
         tokens: capacity of packed tokens.
         shift: as measured, or as given.
         equalizer: likewise.
+        shifts: whether a shift is measured; else channels are coded about zero.
     """
 
     spec: QuantSpec
@@ -34,6 +35,7 @@ class Head:
     tokens: int
     shift: F32 | None = None
     equalizer: F32 | None = None
+    shifts: bool = True
     dense: list[NDArray[np.floating]] = field(default_factory=list)
     codes: list[NDArray[np.uint8]] = field(default_factory=list)
     scales: list[NDArray[np.floating]] = field(default_factory=list)
@@ -51,7 +53,10 @@ class Head:
     def _pack(self) -> None:
         recent = np.stack(self.dense[self.n_sinks :])
         if self.shift is None or self.equalizer is None:
-            shift, equalizer = measure(recent.astype(np.float64))
+            x = recent.astype(np.float64)
+            shift, equalizer = measure(x)
+            if not self.shifts:  # RMS about zero: rows and their negatives have no mean
+                shift, equalizer = 0 * shift, measure(np.concatenate([x, -x]))[1]
             self.shift = shift.astype(np.float32)
             self.equalizer = equalizer.astype(np.float32)
         encoded = encode(recent[: self.page], self.spec, self.shift, self.equalizer)
