@@ -185,6 +185,22 @@ def integer_products(
         tl.store(out + (head * q + query) * groups + group, best, mask=query < q)
 
 
+@triton.jit(do_not_specialize=["n"])
+def add_splits(
+    parts, offsets, out, n, size,
+    SPLITS: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up parts (SPLITS, size), and an offset for every n numbers."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(parts + split * size + i, mask=inside, other=0.0)
+    if OFFSETS:
+        total += tl.load(offsets + i // n, mask=inside, other=0.0)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def _physical(m, WARPS: tl.constexpr):
     """Return the row of a tile that stands at place m of an operand (see `_spread_half`)."""

@@ -62,11 +62,12 @@ def _project(
     a, b = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
     channel = a * B_USED + b  # (A, B)
     live = (b < B_USED) & (channel < DIM)
-    asked = tl.program_id(0) < q
+    asked = channel * 0 + tl.program_id(0) < q
     x = tl.load(query + line * DIM + channel, mask=live & asked, other=0.0).to(tl.float32)
     if SHIFT:
         s = tl.load(shift + head * stride_shift + channel, mask=live, other=0.0).to(tl.float32)
-        tl.store(offsets + line, tl.sum(tl.sum(x * s, 1), 0), mask=asked)
+        if tl.program_id(0) < q:
+            tl.store(offsets + line, tl.sum(tl.sum(x * s, 1), 0))
     if EQUALIZER:
         e = tl.load(equalizer + head * stride_equalizer + channel, mask=live, other=0.0)
         x *= e.to(tl.float32)

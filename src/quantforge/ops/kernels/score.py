@@ -19,7 +19,7 @@ import torch
 from quantforge.numerics.packing import planes
 from quantforge.ops.kernels import decode
 from quantforge.ops.kernels.decode import Form, Layout
-from quantforge.ops.kernels.products import integer_products, matrix_products
+from quantforge.ops.kernels.products import add_splits, integer_products, matrix_products
 from quantforge.ops.kernels.query import project
 from quantforge.ops.kernels.rows import Product, Rows
 from quantforge.ops.kernels.whole_rows import whole_row_products
@@ -30,6 +30,8 @@ MAX_INTEGER_QUERIES = 8
 GROUP = 32 if INTERPRET else 256
 """Most rows in a group of `scan`."""
 MIN_PERMUTE_ALIGNMENT = 4
+ADDED = 512
+"""Numbers of a program that adds up splits."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,12 @@ def _integer(p: Product, exact: bool, dtype: torch.dtype) -> torch.Tensor:
     offsets = _launch_integer(p, exact, out, None, splits)
     if splits == 1:
         return out[0]
-    total = out.sum(0)
-    return (total if offsets is None else total.add_(offsets.unsqueeze(-1))).to(dtype)
+    total = out.new_empty(out.shape[1:], dtype=dtype)
+    add_splits[(-(-total.numel() // ADDED),)](
+        out, out if offsets is None else offsets, total, p.n, total.numel(),
+        SPLITS=splits, OFFSETS=offsets is not None, BLOCK=ADDED, num_warps=4,
+    )  # fmt: skip
+    return total
 
 
 def _launch_integer(
