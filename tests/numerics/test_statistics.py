@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from quantforge.numerics.encode import decode, encode
-from quantforge.numerics.statistics import MIN_EQUALIZER, equalizer_from_rms, measure
+from quantforge.numerics.statistics import (
+    MIN_EQUALIZER,
+    equalizer_from_rms,
+    key_equalizer,
+    measure,
+)
 from quantforge.spec import QuantSpec
 
 
@@ -24,6 +29,27 @@ def test_equalizer_is_positive() -> None:
 def test_equalizer_ignores_a_common_factor() -> None:
     rms = np.random.RandomState(0).uniform(0.1, 10, 64)
     np.testing.assert_allclose(equalizer_from_rms(rms), equalizer_from_rms(1e6 * rms), rtol=1e-13)
+
+
+def test_key_equalizer_by_hand() -> None:
+    keys, queries = np.array([4.0, 1.0, 1.0]), np.array([1.0, 1.0, 16.0])
+    np.testing.assert_allclose(key_equalizer(keys, queries), [1.0, 0.5, 0.125], rtol=1e-15)
+    np.testing.assert_array_equal(key_equalizer(keys, np.zeros(3)), equalizer_from_rms(keys))
+    unread = key_equalizer(np.ones(2), np.array([1.0, 0.0]))
+    np.testing.assert_allclose(unread, [np.sqrt(MIN_EQUALIZER), 1.0], rtol=1e-15)
+
+
+def test_key_equalizer_makes_the_error_of_logits_least() -> None:
+    generator = np.random.RandomState(3)
+    keys, queries = generator.uniform(0.1, 10, (2, 64))
+
+    def error(e: np.ndarray) -> float:
+        return float(np.square(keys / e).sum() * np.square(queries * e).sum())
+
+    best = key_equalizer(keys, queries)
+    np.testing.assert_allclose(error(best), np.square((keys * queries).sum()), rtol=1e-12)
+    for other in (np.ones(64), equalizer_from_rms(keys), best * generator.uniform(0.8, 1.2, 64)):
+        assert error(other) > error(best)
 
 
 def test_measure_by_hand() -> None:

@@ -100,3 +100,14 @@ def test_measured_statistics(constant: bool, device: torch.device) -> None:
     for got, want in zip(measure(torch.from_numpy(x).to(device)), expected, strict=True):
         assert got.shape == (2, 3, 1, D)
         np.testing.assert_allclose(to_float64(got), want, rtol=1e-4, atol=1e-6)
+
+
+def test_measured_statistics_of_keys_whose_queries_are_known(device: torch.device) -> None:
+    x = gaussian(2, 3, 50, D) * np.geomspace(0.01, 100, D).astype(np.float32)
+    query_rms = np.abs(gaussian(2, 3, 1, D)) * np.geomspace(30, 0.1, D).astype(np.float32)
+    query_rms[0, 0, 0, 2] = 0.0
+    exact = x.astype(np.float64)
+    rms = np.sqrt(np.square(exact - exact.mean(-2, keepdims=True)).mean(-2, keepdims=True))
+    expected = statistics.key_equalizer(rms, query_rms.astype(np.float64))
+    got = measure(torch.from_numpy(x).to(device), torch.from_numpy(query_rms).to(device))[1]
+    np.testing.assert_allclose(to_float64(got), expected, rtol=1e-4, atol=1e-6)

@@ -20,7 +20,9 @@ from quantforge.errors import ConfigError, UnsupportedError
 from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.presets import preset_settings
 from quantforge.llm.prompt_cache import PromptCache
+from quantforge.llm.report import CacheReport, report
 from quantforge.llm.sliding import QuantForgeSlidingLayer
 from quantforge.llm.static import QuantForgeStaticLayer
 
@@ -39,6 +41,8 @@ class QuantForgeCache(PromptCache, DynamicCache):
             others (linear attention, convolutions) get transformers' own cache layer. Without a
             config every layer is a quantized full-attention layer, which is correct for
             sliding-window models too, but holds more tokens than they need.
+            Or the name of a preset: `QuantForgeCache("small")`.
+        preset: "quality", "balanced" or "small": settings to begin with, see `PRESETS`.
         layers: settings that differ in single layers: {layer index: {setting: value}}.
         max_cache_len: room for so many tokens, allocated at once, with lengths on the device: for
             `torch.compile` and CUDA graphs, which `generate()` then uses by itself on a GPU. Layers
@@ -55,17 +59,27 @@ class QuantForgeCache(PromptCache, DynamicCache):
         self,
         config: Any = None,
         *,
+        preset: str | None = None,
         layers: Mapping[int, Mapping[str, Any]] | None = None,
         max_cache_len: int | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **settings: Any,
     ) -> None:
-        self.options = _configured(CacheConfig(), settings)
+        if isinstance(config, str):
+            config, preset = None, config
+        base = {} if preset is None else preset_settings(preset)
+        self.options = _configured(CacheConfig(), base | settings)
         self.overrides = {int(i): _configured(self.options, s) for i, s in (layers or {}).items()}
         self._max_cache_len = max_cache_len
         if max_cache_len is not None and offloading:
             raise ConfigError("a cache with max_cache_len has fixed addresses; it cannot offload")
+        used = (self.options, *self.overrides.values())
+        if max_cache_len is not None and any(o.importance or o.head_bits for o in used):
+            raise ConfigError(
+                "importance and head_bits belong to caches that grow; leave out max_cache_len, or "
+                "them"
+            )
         self._config = None if config is None else config.get_text_config(decoder=True)
         Cache.__init__(
             self,
@@ -173,6 +187,13 @@ class QuantForgeCache(PromptCache, DynamicCache):
         memo |= {id(self): twin, id(self._config): self._config}
         vars(twin).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
         return twin
+
+    def report(self) -> CacheReport:
+        """Return what each layer holds and did: bits, bytes, outlier scores; print it for a table.
+
+        Waits for the device.
+        """
+        return report(self.layers, [_layer_bytes(layer) for layer in self.layers])
 
     @property
     def nbytes(self) -> int:

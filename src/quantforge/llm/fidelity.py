@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ class Fidelity:
         top1: share of positions whose most likely token agrees.
         perplexity: of the text with the quantized cache.
         reference_perplexity: of the text with the model's own cache.
+        bytes_per_token: allocated by the cache at the end, slack and windows included.
+        bits_per_number: the same for each key and value number.
+        kl: divergence by position, the mean of the texts.
     """
 
     kl_mean: float
@@ -29,6 +32,9 @@ class Fidelity:
     top1: float
     perplexity: float
     reference_perplexity: float
+    bytes_per_token: float
+    bits_per_number: float
+    kl: tuple[float, ...] = field(repr=False)
 
 
 def decode_logits(model: Any, input_ids: torch.Tensor, prompt: int, cache: Any) -> torch.Tensor:
@@ -71,8 +77,11 @@ def fidelity(
         from transformers import DynamicCache
 
         reference = decode_logits(model, input_ids, prompt, DynamicCache(config=model.config))
-    ours = decode_logits(model, input_ids, prompt, make_cache())
-    divergence = (reference.exp() * (reference - ours)).sum(-1).flatten().double()
+    cache = make_cache()
+    ours = decode_logits(model, input_ids, prompt, cache)
+    by_position = (reference.exp() * (reference - ours)).sum(-1).double()
+    divergence = by_position.flatten()
+    nbytes, tokens = cache_bytes(cache), input_ids.numel() - len(input_ids)
     targets = input_ids[:, prompt:, None]
     return Fidelity(
         kl_mean=float(divergence.mean()),
@@ -80,4 +89,23 @@ def fidelity(
         top1=float((reference.argmax(-1) == ours.argmax(-1)).float().mean()),
         perplexity=float((-ours.gather(-1, targets).mean()).exp()),
         reference_perplexity=float((-reference.gather(-1, targets).mean()).exp()),
+        bytes_per_token=nbytes / tokens,
+        bits_per_number=8 * nbytes / (tokens * numbers_per_token(model.config)),
+        kl=tuple(by_position.mean(0).tolist()),
     )
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes that a cache has allocated; of transformers' own, those of its tensors."""
+    if (nbytes := getattr(cache, "nbytes", None)) is not None:
+        return nbytes
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def numbers_per_token(config: Any) -> int:
+    """Return the numbers that a model's keys and values have for each token."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * dim

@@ -64,7 +64,7 @@ class WatchedTensor(torch.Tensor):
                 kwargs.get(name, args[i] if i < len(args) else None)
                 for i, name in enumerate(("query", "key"))
             )
-            if isinstance(key, WatchedTensor):
+            if isinstance(key, WatchedTensor) and query is not None:
                 key._see(query, kwargs.get("scale"))
         elif func in MATMULS and isinstance(args[1], WatchedTensor):
             args[1]._see(args[0], None)
