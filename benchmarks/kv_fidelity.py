@@ -2,15 +2,19 @@
 
 Teacher-forced decoding of held-out text (standard-library modules that the model was not trained
 on), token by token, on three versions of a model: as trained, with outlier channels, and with a
-large key bias (`stress_models`). The first rows leave out what the defaults add.
+large key bias (`stress_models`). The first rows leave out what the defaults add. Results are saved
+after every version of the model.
 
     python -m benchmarks.kv_fidelity [--model PATH] [--prompt 1024] [--decode 128]
+    python -m benchmarks.kv_fidelity --caches "4 bits (default)" small --prompt 6144 --texts 2
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sysconfig
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from benchmarks.record import save
 from benchmarks.stress_models import with_key_bias, with_outlier_channels
 from quantforge import QuantForgeCache
 from quantforge.llm.fidelity import decode_logits, fidelity
+from quantforge.llm.needles import Needle, needle_prompts, recall
 
 MODEL = Path(__file__).parents[1] / "recipes" / "assets" / "tiny-lm"
 TEXTS = ("argparse.py", "tarfile.py", "statistics.py", "difflib.py")
@@ -37,14 +42,9 @@ CACHES: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2},
     "4-bit keys, 2-bit values": {"bits": (4, 2)},
     "8 bits": {"bits": 8},
-}
-NEEDLE = "# The secret code of {} is {}.\n"
-RECALL = "# Recall: the secret code of {} is"
-SECRETS = {
-    "amber_fox1": "40718",
-    "silver_key2": "92635",
-    "quiet_river3": "15084",
-    "green_lamp4": "67329",
+    "2 bits, 4 for important tokens": {"bits": 2, "importance": (4,), "budget": 2.4},
+    "2 bits, 4 and 8 for important tokens": {"bits": 2, "importance": (4, 8), "budget": 2.4},
+    **{f'preset "{name}"': {"preset": name} for name in ("quality", "balanced", "small")},
 }
 
 
@@ -59,29 +59,15 @@ def held_out_tokens(tokenizer: Any, length: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def needle_prompts(tokenizer: Any, tokens: int) -> list[tuple[torch.Tensor, str]]:
+def needles_of(tokenizer: Any, tokens: int) -> list[Needle]:
     """Return prompts of about `tokens` tokens that ask for codes planted at four depths."""
     text = (Path(sysconfig.get_path("stdlib")) / TEXTS[0]).read_text("utf-8")
-    lines = text.splitlines(keepends=True)
-    while len(tokenizer("".join(lines)).input_ids) > tokens:
-        lines = lines[: int(len(lines) * 0.97)]
-    for i, (name, code) in enumerate(SECRETS.items()):
-        lines.insert(len(lines) * (2 * i + 1) // (2 * len(SECRETS)), NEEDLE.format(name, code))
-    prompts = ["".join(lines) + RECALL.format(name) for name in SECRETS]
-    encoded = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
-    return list(zip(encoded, SECRETS.values(), strict=True))
+    return needle_prompts(tokenizer, text, tokens)
 
 
-def recalled(model: Any, tokenizer: Any, prompts: list, make_cache: Any) -> float:
+def recalled(model: Any, tokenizer: Any, needles: list[Needle], make_cache: Any) -> float:
     """Return the share of planted codes that greedy decoding completes."""
-    hits = 0
-    for ids, code in prompts:
-        out = model.generate(
-            ids.to(model.device), max_new_tokens=8, do_sample=False, pad_token_id=1,
-            past_key_values=make_cache(),
-        )  # fmt: skip
-        hits += code in tokenizer.decode(out[0, ids.shape[1] :])
-    return hits / len(prompts)
+    return statistics.mean(recall(model, tokenizer, needles, make_cache).values())
 
 
 def bits_per_number(settings: dict[str, Any], config: Any, tokens: int) -> float:
@@ -93,50 +79,43 @@ def bits_per_number(settings: dict[str, Any], config: Any, tokens: int) -> float
 
 
 def measure(
-    model: Any, tokenizer: Any, prompt: int, decode: int, bias_pairs: int
-) -> list[dict[str, Any]]:
-    """Return one row for each cache and version of the model, the model's own cache first."""
-    ids = held_out_tokens(tokenizer, prompt + decode).to(model.device)
-    prompts = needle_prompts(tokenizer, prompt)
-    versions = {
-        "as trained": model,
-        "outlier channels": with_outlier_channels(model),
-        "key bias": with_key_bias(model, pairs=bias_pairs),
-    }
-    rows = []
-    for version, variant in versions.items():
-        own = partial(DynamicCache, config=model.config)
-        reference = decode_logits(variant, ids, prompt, own())
-        makers: dict[str, Any] = {"the model's own": own}
-        makers |= {name: partial(QuantForgeCache, **kwargs) for name, kwargs in CACHES.items()}
-        for name, make in makers.items():
-            result = fidelity(variant, ids, prompt, make, reference)
-            kwargs = CACHES.get(name)
-            bits = [
-                16.0 if kwargs is None else bits_per_number(kwargs, model.config, tokens)
-                for tokens in (prompt + decode, 8192)
-            ]
-            rows.append(
-                {
-                    "model": version,
-                    "cache": name,
-                    "kl_mean": result.kl_mean,
-                    "kl_p99": result.kl_p99,
-                    "top1": result.top1,
-                    "perplexity": result.perplexity,
-                    "reference_perplexity": result.reference_perplexity,
-                    "bits_per_number": bits[0],
-                    "bits_per_number_at_8k": bits[1],
-                    "needles": recalled(variant, tokenizer, prompts, make),
-                }
-            )
-            print(
-                f"{version:17} {name:28} KL {result.kl_mean:.5f} (p99 {result.kl_p99:.4f})  top-1 "
-                f"{result.top1:.3f}  needles {rows[-1]['needles']:.2f}  "
-                f"{bits[0]:.2f} bits per number, {bits[1]:.2f} at 8k",
-                flush=True,
-            )
-    return rows
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    needles: list[Needle],
+    prompt: int,
+    caches: Mapping[str, dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Yield one row for each cache, the model's own first."""
+    own = partial(DynamicCache, config=model.config)
+    reference = decode_logits(model, ids, prompt, own())
+    makers: dict[str, Any] = {"the model's own": own}
+    makers |= {name: partial(QuantForgeCache, **settings) for name, settings in caches.items()}
+    for name, make in makers.items():
+        result = fidelity(model, ids, prompt, make, reference)
+        settings = caches.get(name)
+        bits = [
+            16.0 if settings is None else bits_per_number(settings, model.config, tokens)
+            for tokens in (ids.shape[1], 8192)
+        ]
+        row = {
+            "cache": name,
+            "kl_mean": result.kl_mean,
+            "kl_p99": result.kl_p99,
+            "top1": result.top1,
+            "perplexity": result.perplexity,
+            "reference_perplexity": result.reference_perplexity,
+            "bits_per_number": bits[0],
+            "bits_per_number_at_8k": bits[1],
+            "needles": recalled(model, tokenizer, needles, make),
+        }
+        print(
+            f"{name:36} KL {result.kl_mean:.5f} (p99 {result.kl_p99:.4f})  top-1 "
+            f"{result.top1:.4f}  needles {row['needles']:.2f}  "
+            f"{bits[0]:.2f} bits per number, {bits[1]:.2f} at 8k",
+            flush=True,
+        )
+        yield row
 
 
 def main() -> None:
@@ -144,22 +123,38 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--texts", type=int, default=len(TEXTS))
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--bias-pairs", type=int, default=1, help="RoPE pairs with a key bias")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--commit", help="what git cannot say in a copy of the working tree")
     parser.add_argument("--name", default=None, help="of the result; default kv_fidelity_MODEL")
     args = parser.parse_args()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
-    rows = measure(model, tokenizer, args.prompt, args.decode, args.bias_pairs)
     settings = {
         "model_path": args.model.name,
         "prompt": args.prompt,
         "decode": args.decode,
+        "texts": args.texts,
         "bias_pairs": args.bias_pairs,
     }
-    name = args.name or f"kv_fidelity_{args.model.name}"
-    print(save(name, args.device, [settings | row for row in rows]))
+    ids = held_out_tokens(tokenizer, args.prompt + args.decode)[: args.texts].to(model.device)
+    needles = needles_of(tokenizer, args.prompt)
+    versions = {
+        "as trained": lambda: model,
+        "outlier channels": lambda: with_outlier_channels(model),
+        "key bias": lambda: with_key_bias(model, pairs=args.bias_pairs),
+    }
+    caches = {name: CACHES[name] for name in args.caches}
+    rows = []
+    for version, make in versions.items():
+        print(version, flush=True)
+        measured = measure(make(), tokenizer, ids, needles, args.prompt, caches)
+        rows += [settings | {"model": version} | row for row in measured]
+        name = args.name or f"kv_fidelity_{args.model.name}"
+        print(save(name, args.device, rows, commit=args.commit))
 
 
 if __name__ == "__main__":

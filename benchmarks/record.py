@@ -56,11 +56,17 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def save(name: str, device: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+def save(
+    name: str,
+    device: str,
+    rows: list[dict[str, Any]],
+    folder: Path = RESULTS,
+    commit: str | None = None,
+) -> Path:
     """Write rows and environment as JSON and return the path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
+    path, where = folder / f"{name}.json", environment(device, commit)
+    path.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
     return path
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from benchmarks.kv_fidelity import MODEL, held_out_tokens, needle_prompts, recalled
+from benchmarks.kv_fidelity import MODEL, held_out_tokens, needles_of, recalled
 from benchmarks.stress_models import with_key_bias, with_outlier_channels
 from quantforge import QuantForgeCache
 from quantforge.errors import InputError
@@ -79,7 +79,7 @@ def test_stress_models_compute_the_same_function() -> None:
 @pytest.mark.parametrize(("bits", "share"), [(4, 1.0), (3, 1.0), (2, 0.75)])
 def test_needles_are_recalled(bits: int, share: float) -> None:
     model, tokenizer = shipped()
-    prompts = needle_prompts(tokenizer, 1500)
+    prompts = needles_of(tokenizer, 1500)
     assert recalled(model, tokenizer, prompts, DynamicCache) == 1.0
     assert recalled(model, tokenizer, prompts, lambda: QuantForgeCache(bits=bits)) >= share
 
