@@ -38,6 +38,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "layers": {"layers": {1: {"bits": 8, "window": 32}}},
     "3 bits, e4m3": {"bits": 3, "codebook": "e4m3", "seed": 5},
     "tiers": TIERS,
+    "heads": {"bits": 3, "head_bits": {1: (8, 2)}},
 }
 
 
@@ -354,12 +355,29 @@ class TestFork:
             fork.update(x[:, :, :1], x[:, :, :1], 0)
         together = memory_of(cache, *forks)
         windows = sum(store.dense.nbytes for fork in forks for store in fork.layers[0]._stores())
-        assert together == alone + windows
+        statistics = sum(
+            t.nbytes
+            for fork in forks
+            for store in fork.layers[0]._stores()
+            for t in (store.shift, store.equalizer)
+        )
+        assert together == alone + windows + statistics
         assert windows / len(forks) < 0.25 * 2 * packed
         # the next page is one's own
         forks[0].update(x[:, :, :64], x[:, :, :64], 0)
         assert memory_of(cache, *forks) > together + 2 * packed
         assert memory_of(cache, *forks[1:]) < together
+
+    def test_static_layers_are_copied(self, llama: Any) -> None:
+        cache = filled(llama, max_cache_len=200)
+        expected = continued(llama, cache.fork())
+        one = cache.fork()
+        with torch.no_grad():
+            llama(IDS[:, :60], past_key_values=one)
+        assert torch.equal(continued(llama, cache.fork()), expected)
+        with torch.no_grad():
+            llama(IDS[:, :60], past_key_values=cache)
+        assert torch.equal(continued(llama, cache), continued(llama, one))
 
     def test_in_inference_mode(self, llama: Any) -> None:
         with torch.inference_mode():

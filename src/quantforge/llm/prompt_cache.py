@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Self
 
+import torch
+
 from quantforge.llm.cache_file import load_cache, save_cache
 from quantforge.llm.layer import QuantForgeLayer
+from quantforge.llm.saved_layers import packed_stores
 
 
 class PromptCache:
@@ -68,10 +71,15 @@ class PromptCache:
     def fork(self) -> Self:
         """Return a cache that continues the same tokens on its own.
 
-        Packed rows are shared until one of the two packs more: a continuation of fewer tokens than
-        window and page costs its window only. `copy.deepcopy` does the same.
+        Packed rows are shared until one of the two packs more: until then a continuation costs
+        its window only. Layers with `max_cache_len`, which write in place, are copied in full.
         """
+        memo: dict[int, Any] = {}
         for layer in self.layers:
-            if isinstance(layer, QuantForgeLayer):
-                layer._settle()  # pack once what would be packed in each
-        return copy.deepcopy(self)
+            if isinstance(layer, QuantForgeLayer) and not layer.is_compileable:
+                # `_stores` packs once what would be packed in each
+                for store in packed_stores(layer):
+                    store.shared = True
+                    memo |= {id(t): t for t in (store.packed, store.scales) if t is not None}
+        with torch.inference_mode(False):
+            return copy.deepcopy(self, memo)

@@ -2,7 +2,8 @@
 
     keys              packed rows (B, Hkv, n, dim), with their scales, shift and equalizer
     keys.dense        [ sinks ][ recent ] in the model's dtype
-    keys.tier1, ...   packed rows of important tokens; slots (B, Hkv, n) says whose rows are where
+    keys.tier1, ...   packed rows of important tokens; slots (B, Hkv, n) says whose rows are where.
+                      Or of the heads of the second and later groups, where heads differ in bits
     keys.mean, .rms   of the channels, when the first page was packed; keys.query_rms: of queries
     values, ...       likewise
     queries...        what the layer remembers of its queries
@@ -41,7 +42,18 @@ SAVED = {
     "dense", "packed", "scales", "shift", "equalizer", "moments", "query_rms", "tiers", "slots",
     "n_dense", "n_packed", "n_rows", "first",
 }  # fmt: skip
-DERIVED = {"options", "spec", "pages", "shared", "keep", "recording", "_packs", "_unit", "_slack"}
+DERIVED = {
+    "options",
+    "spec",
+    "pages",
+    "groups",
+    "shared",
+    "keep",
+    "recording",
+    "_packs",
+    "_unit",
+    "_slack",
+}
 
 
 # ---- packed rows ------------------------------------------------------------------------------
@@ -72,6 +84,12 @@ def _tiers(name: str, store: Store) -> Iterator[tuple[str, Store]]:
         yield f"{name}.tier{i}", tier
 
 
+def packed_stores(layer: QuantForgeLayer) -> Iterator[Store]:
+    """Yield every store of a layer that has packed rows, after packing what is due."""
+    for store in layer._stores():
+        yield from (tier for _, tier in _tiers("", store))
+
+
 def _rows(store: Store, first: int, dtype: torch.dtype) -> QuantTensor:
     """Return the packed rows from the first one on, whatever their layout."""
     assert store.packed is not None, "rows are counted where they are stored"
@@ -98,10 +116,11 @@ def _rows(store: Store, first: int, dtype: torch.dtype) -> QuantTensor:
 def _fill_store(name: str, store: Store, dense: torch.Tensor, tensors: Tensors) -> None:
     """Give a new store its tokens, as far as a store without tiers knows where they are."""
     store.dense, store.n_dense = dense, dense.shape[2]
-    for part, tier in _tiers(name, store):
+    for i, (part, tier) in enumerate(_tiers(name, store)):
         rows = tensors.get(part)
         if rows is not None:
-            _check_rows(part, tier, dense, rows)
+            heads = dense.shape[1] if store.groups is None else len(store.groups.heads[i])
+            _check_rows(part, tier, dense, heads, rows)
             _fill_rows(tier, rows)
     store.n_packed = store.n_rows
     if f"{name}.mean" in tensors and f"{name}.rms" in tensors:
@@ -125,15 +144,17 @@ def _fill_rows(store: Store, rows: Any) -> None:
     store.packed = torch.cat(pages, 1).contiguous()
 
 
-def _check_rows(name: str, store: Store, dense: torch.Tensor, rows: torch.Tensor) -> None:
+def _check_rows(
+    name: str, store: Store, dense: torch.Tensor, heads: int, rows: torch.Tensor
+) -> None:
     if not isinstance(rows, QuantTensor) or rows.ndim != 4:
         raise FormatError(f"{name} must be packed rows (batch, heads, tokens, dim)")
     if rows.spec != store.spec:
         raise FormatError(f"{name}: spec must be {store.spec}, by the settings; got {rows.spec}")
-    if (*rows.shape[:2], rows.dtype) != (*dense.shape[:2], dense.dtype):
+    if (*rows.shape[:2], rows.dtype) != (dense.shape[0], heads, dense.dtype):
         raise FormatError(
-            f"{name} has batch and heads {tuple(rows.shape[:2])} of {rows.dtype}, and its dense "
-            f"rows have {tuple(dense.shape[:2])} of {dense.dtype}"
+            f"{name} has batch and heads {tuple(rows.shape[:2])} of {rows.dtype}, but by its dense "
+            f"rows and the settings they are {(dense.shape[0], heads)} of {dense.dtype}"
         )
     shape = (*rows.shape[:2], 1, rows.shape[3])
     for part, wanted in (("shift", store.options.shift), ("equalizer", store.options.equalizer)):
@@ -184,7 +205,7 @@ def _fill_packed(layer: QuantForgeLayer, tensors: Tensors) -> None:
                 f"values{values[0]} must have as many packed rows as the keys; got "
                 f"{values[1].n_rows} and {keys[1].n_rows}"
             )
-    if layer._keys.tiers and layer._keys.n_rows:
+    if layer._keys.tiers and layer._keys.groups is None and layer._keys.n_rows:
         slots = _slots(layer._keys, tensors)
         for store in stores:
             store.slots, store.n_packed = slots, slots.alive

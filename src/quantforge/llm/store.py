@@ -10,9 +10,7 @@ replaced, not compacted: a view handed out in the same step still reads the old 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Self
 
 import torch
 
@@ -52,7 +50,7 @@ class Store:
         slots: where the tokens of tiers are; None without tiers or packed tokens.
         moments: mean, and RMS about it, of the channels when the first page was packed.
         query_rms: RMS of the channels of the queries seen by then, None for values.
-        shared: whether packed rows belong to a copy too, and are copied before they are written.
+        shared: whether packed rows are also a fork's, and are copied before they are written.
     """
 
     groups: HeadGroups | None = None
@@ -76,19 +74,9 @@ class Store:
         self.slots: Slots | None = None
         self.shared = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy what is written in place; packed rows are shared until one of the two packs more."""
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        with torch.inference_mode(False), torch.no_grad():
-            twin.dense = None if self.dense is None else self.dense.clone()
-        twin.tiers = copy.deepcopy(self.tiers, memo)
-        self.shared = twin.shared = True
-        return twin
-
-    def add_tier(self, spec: QuantSpec) -> None:
-        """Give tokens that are important a code of their own."""
-        self.tiers.append(Store(self.options, spec))
+    def add_tier(self, spec: QuantSpec, pages: PageFormat | None) -> None:
+        """Give important tokens, or another group of heads, a code of their own."""
+        self.tiers.append(Store(self.options, spec, pages))
 
     @property
     def heads(self) -> int:
