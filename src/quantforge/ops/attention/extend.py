@@ -1,10 +1,10 @@
-"""Many queries against a packed history: chunks of it through torch's flash kernel.
+"""Many queries against packed rows: chunks of them through torch's dense attention kernels.
 
 The history is decoded a chunk at a time, in rotated space and into one buffer; the rotated queries
 of all heads that share a key head are rows of one head, as no mask tells them apart. Chunks merge
 by their log-sum-exp (arXiv 2205.14135, section 3.1).
 
-    per chunk        decode_chunk -> flash -> merge_chunk, three launches
+    per chunk        decode_chunk -> cuDNN or flash -> merge_chunk, three launches
     memory           CHUNK_BYTES, whatever the length of the history
     traffic          codes once; a chunk is written to and read from L2
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from quantforge.ops import flash
 from quantforge.ops.kernels.chunk import decode_chunk, merge_chunk
 from quantforge.ops.launch import capability, multiprocessors
 from quantforge.spec import QuantSpec
@@ -90,17 +91,15 @@ def attend_in_chunks(
             num_warps=4,
         )
         keys, values = chunk[:, :, :, :here]
-        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention.default(
-            operands, keys, values, scale=scale
-        )[:2]
-        merge_chunk[(triton.cdiv(rows, merge_rows), batch * heads)](
-            *(out, lse, part, part_lse, rows, heads),
-            *part.stride()[:3],
-            *part_lse.stride(),
-            DIM=dim,
-            COLUMNS=columns,
-            ROWS=merge_rows,
-            IS_FIRST=first == 0,
-            num_warps=4,
-        )
+        for index, (part, part_lse) in enumerate(flash.attend(operands, keys, values, scale)):
+            merge_chunk[(triton.cdiv(rows, merge_rows), batch * heads)](
+                *(out, lse, part, part_lse, rows, heads),
+                *part.stride()[:3],
+                *part_lse.stride(),
+                DIM=dim,
+                COLUMNS=columns,
+                ROWS=merge_rows,
+                IS_FIRST=first + index == 0,
+                num_warps=4,
+            )
     return out, lse

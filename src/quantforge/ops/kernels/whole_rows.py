@@ -75,8 +75,8 @@ def whole_row_products(
     operands = ()
     for step in tl.static_range(STEPS):
         for part in tl.static_range(PARTS):
-            asked = _spread(tl.load(digit + step * TILE + part * STRIDE), COLUMNS, TILE)
-            operands = operands + (tl.trans(asked),)  # (TILE, COLUMNS)
+            loaded = _spread(tl.load(digit + step * TILE + part * STRIDE), COLUMNS, TILE)
+            operands = operands + (tl.trans(loaded),)  # (TILE, COLUMNS)
     best = tl.full((QUERIES,), float("-inf"), tl.float32)
     for tile in tl.range(0, tiles, num_stages=STAGES):
         rows = (group * tiles + tile) * ROWS + tl.arange(0, ROWS)
@@ -99,8 +99,8 @@ def whole_row_products(
                     else:
                         value = values[i * PARTS + part]
                     value = _spread(value, ROWS, TILE)
-                    operand = operands[step * PARTS + part]
-                    new = new + (tl.dot(value, operand, sums[i], out_dtype=tl.int32),)
+                    asked = operands[step * PARTS + part]
+                    new = new + (tl.dot(value, asked, sums[i], out_dtype=tl.int32),)
                 sums = new
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for i in tl.static_range(DIGITS):

@@ -8,8 +8,8 @@
 
 The k best rows lie in the k groups with the best scores: a row outside of them has k rows before
 it, also among equals, because groups are runs of rows. So no threshold has to be guessed and
-nothing can overflow. Scores of the scan have the accuracy of float16; the margin of groups makes up
-for that unless scores nearly tie.
+nothing can overflow. Scores of the scan are rough (`ops.kernels.score`); the margin of groups makes
+up for that unless scores nearly tie.
 
 Every launch has a fixed shape: the search can be captured in a CUDA graph.
 """
