@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from quantforge.errors import UnsupportedError
+from quantforge.numerics.codebook import codebook_of
+from quantforge.numerics.packing import unpack
 from quantforge.ops import dequantize
 from quantforge.spec import QuantSpec
 from tests.helpers import LAYOUTS, Statistic, assert_close, make_store, scattered
@@ -72,6 +75,20 @@ def test_only_its_rows_are_read(dim: int) -> None:
     clean = dequantize(store.packed, store.scales, store.spec, impl="triton")
     packed, scales = scattered(store.packed), scattered(store.scales)
     assert torch.equal(dequantize(packed, scales, store.spec, impl="triton"), clean)
+
+
+@pytest.mark.parametrize("dim", [64, 96])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_rotated(bits: int, dim: int) -> None:
+    """Without the transform: every number is its centroid times the scale."""
+    from quantforge.ops.kernels.dequantize_launch import decode_rotated
+
+    store = make_store(QuantSpec(dim, bits), 2, 3, 5)
+    out = torch.full((2, 3, 5, dim), torch.nan)
+    decode_rotated(out, store.packed, store.scales, store.spec)
+    codes = unpack(store.encoded.packed, dim, bits)
+    expected = codebook_of(store.spec).centroids[codes] * store.encoded.scales.astype(np.float32)
+    np.testing.assert_array_equal(out.numpy(), expected)
 
 
 def test_qr_is_refused() -> None:

@@ -17,7 +17,7 @@ from quantforge.ops.kernels.arguments import (
     grid_of,
     plane_list,
 )
-from quantforge.ops.kernels.axes import Axes
+from quantforge.ops.kernels.axes import Axes, merge, row_strides
 from quantforge.ops.kernels.codebook import MAX_LANE_BITS, centroids_of_lanes
 from quantforge.ops.kernels.dequantize_rows import dequantize_rows
 from quantforge.ops.kernels.dequantize_words import dequantize_words
@@ -40,6 +40,20 @@ def fits_words(out: torch.Tensor, spec: QuantSpec, place: Placement, axes: Axes)
         and peak * spec.dim < MAX_HALF
         and all(stride % 2 == 0 for stride in (*axes.strides[0], out.storage_offset()))
     )
+
+
+def decode_rotated(
+    out: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, spec: QuantSpec
+) -> None:
+    """Write R x, `scale * centroid` in channel order, to out (..., n, dim) of any float dtype.
+
+    For products with rotated vectors: no transform, one lookup per number. out has contiguous
+    channels, and leading axes like packed (..., n, bytes) that merge into three.
+    """
+    lead = out.shape[:-1]
+    axes = merge([row_strides(t, lead) for t in (out, packed, scales)], lead)
+    assert axes is not None, "leading axes must merge into three"
+    launch(out, packed, scales, Statistics(None, None), spec, axes, rotated=True)
 
 
 def launch(
