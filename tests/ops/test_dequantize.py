@@ -64,6 +64,16 @@ def test_large_dims(dim: int, estimator: str, device: torch.device) -> None:
     assert_close(got, [store.naive], store.exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+@pytest.mark.parametrize("dim", [8, 24, 64, 128, 640, 768, 1024, 1536])
+def test_half_precision(dim: int, bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Where a kernel transforms two numbers at a time."""
+    store = make_store(QuantSpec(dim, bits), 2, 37, device=device)
+    got = dequantize(store.packed, store.scales, store.spec, dtype=dtype)
+    assert_close(got, [store.naive], store.exact)
+
+
 @pytest.mark.parametrize("codebook", ["e4m3", "gaussian"])
 def test_codebooks(codebook: str, device: torch.device) -> None:
     store = make_store(QuantSpec(128, 4, codebook=codebook), 50, device=device)  # type: ignore[arg-type]
