@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -528,3 +529,17 @@ def test_settings_survive_json() -> None:
     assert _config("file", json.loads(text), None) == options
     tiers = CacheConfig(**TIERS)
     assert _config("file", json.loads(json.dumps(dataclasses.asdict(tiers))), None) == tiers
+
+
+def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "prompt_caches.md").read_text("utf-8")
+    scope: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "prompt_caches.md", "exec"), scope)
+    first, last = scope["out"], scope["answers"][0]
+    assert torch.equal(first[:, : last.shape[1]], last)
+    assert scope["answers"][1].shape[1] > scope["prompt"].shape[1] + 8
