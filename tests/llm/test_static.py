@@ -15,6 +15,7 @@ from transformers import CompileConfig
 
 from quantforge.errors import ConfigError, InputError, UnsupportedError
 from quantforge.llm import QuantForgeCache
+from quantforge.llm.options import CacheConfig
 from quantforge.llm.static import QuantForgeStaticLayer
 from quantforge.llm.static_view import StaticTensor
 from tests.llm.models import SETTINGS, random_model
@@ -351,10 +352,12 @@ def test_bytes_are_allocated_at_once(where: Where) -> None:
 
 
 def test_settings_that_a_static_cache_cannot_have() -> None:
-    with pytest.raises(ConfigError, match="same bits"):
-        QuantForgeCache(max_cache_len=64, importance=(8,), budget=5.0).layers.append(
-            QuantForgeStaticLayer(QuantForgeCache(importance=(8,), budget=5.0).options, 64)
-        )
+    tiers = {"importance": (8,), "budget": 5.0}
+    for settings in (tiers, {"head_bits": {0: 8}}):
+        with pytest.raises(ConfigError, match="max_cache_len"):
+            QuantForgeStaticLayer(CacheConfig(**settings), 64)
+        with pytest.raises(ConfigError, match="max_cache_len"):
+            QuantForgeCache(max_cache_len=64, **settings)
     with pytest.raises(ConfigError, match="max_cache_len must be an integer"):
         QuantForgeStaticLayer(QuantForgeCache().options, 0)
     with pytest.raises(ConfigError, match="offload"):
