@@ -66,7 +66,7 @@ class WholeTuning:
     stages: int
 
 
-# untuned; compiled for sm_90: no spills; a pipeline costs two digits a copy of every operand
+# untuned; compiled for sm_90: no spills
 WHOLE = (
     WholeTuning(digits=1, rows=16, stages=2),
     WholeTuning(digits=3, rows=16, stages=1),
