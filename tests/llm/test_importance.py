@@ -16,7 +16,9 @@ from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import Slots, choose
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.paged import PagedRows
 from quantforge.llm.segments import SegmentedTensor
+from quantforge.tensor import QuantTensor
 from tests.llm.models import SETTINGS, DenseReferenceCache, random_model
 from tests.llm.test_cache import assert_same_logits, tokens
 
@@ -203,6 +205,56 @@ def test_batches_are_selected_and_repeated(settings: Any) -> None:
     layer.update(x[[0, 0, 1, 1], :, :40], x[[0, 0, 1, 1], :, :40])
     assert twin.get_seq_length() == 150
     assert layer.get_seq_length() == layer.keys.shape[2] == 190
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "split",
+    [{"importance": (4,), "budget": 3.0}, {"importance": (4, 8), "budget": 3.0},
+     {"head_bits": {0: 4}}, {"head_bits": {1: (8, 4)}}],
+    ids=["tiers", "with rows", "heads", "with rows of heads"],
+)  # fmt: skip
+def test_pages_of_several_codes(split: Any, padded: bool, attention: str) -> None:
+    """What has no pages, 8 bits, lies in rows beside them."""
+    model = random_model("llama", attention, head_dim=128)
+    ids, settings = tokens(2, 110), {**SETTINGS, "bits": 2, **split}
+    mask = torch.ones(2, 110, dtype=torch.long)
+    mask[0, : 17 * padded] = 0
+    logits, sources = [], []
+    for cache in (
+        QuantForgeCache(layout="pages", **settings),
+        DenseReferenceCache(layout="rows", **settings),
+    ):
+        with torch.no_grad():
+            model(ids[:, :80], attention_mask=mask[:, :80], past_key_values=cache)
+            for i in range(80, 110):
+                out = model(
+                    ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache
+                )
+        logits.append(out.logits.log_softmax(-1))
+    assert_same_logits(*logits)
+        sources.append(type(cache.layers[0].keys.source))
+    assert sources == [PagedRows, QuantTensor]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "split",
+    [{"importance": (4,), "budget": 2.5}, {"importance": (4, 8), "budget": 2.5},
+     {"head_bits": {0: 4}}, {"head_bits": {1: (8, 4)}}],
+    ids=["tiers", "with rows", "heads", "with rows of heads"],
+)  # fmt: skip
+def test_several_codes_on_cuda(split: Any, dtype: torch.dtype) -> None:
+    model = random_model("llama", head_dim=128).to("cuda", dtype)
+    ids, settings = tokens(2, 330).cuda(), {**SETTINGS, "bits": 2, **split}
+    ours = QuantForgeCache(**settings)
+    got = decode_logits(model, ids, 290, ours)
+    want = decode_logits(model, ids, 290, DenseReferenceCache(layout="rows", **settings))
+    assert isinstance(ours.layers[0].keys.source, PagedRows)
+    divergence = (want.exp() * (want - got)).sum(-1)
+    assert divergence.median() < 2e-3
 
 
 # ---- what is important ---------------------------------------------------------------------------

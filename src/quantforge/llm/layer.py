@@ -62,11 +62,7 @@ class QuantForgeLayer(CacheLayerMixin):
             options.key_spec(key_states.shape[-1]),
             options.value_spec(value_states.shape[-1]),
         )
-        layout = self._page_layout(key, value)
-        key_pages = value_pages = None
-        if layout is not None:
-            key_pages = PageFormat(layout, key, holds_keys=True)
-            value_pages = PageFormat(layout, value, holds_keys=False)
+        key_pages, value_pages = self._page_formats(key, value)
         self._keys = self._new_store(key, key_pages)
         self._values = self._new_store(value, value_pages)
         self._shares: tuple[float, ...] = ()
@@ -91,29 +87,46 @@ class QuantForgeLayer(CacheLayerMixin):
         options = self.options
         self._shares = options.shares(key_dim, value_dim)
         for tier in range(1, len(options.tiers)):
-            key, value = options.key_spec(key_dim, tier), options.value_spec(value_dim, tier)
-            self._keys.add_tier(key)
-            self._values.add_tier(value)
+            self._add_code(options.key_spec(key_dim, tier), options.value_spec(value_dim, tier))
 
     def _divide_heads(self, kv_heads: int) -> None:
         """Give heads of other bits stores of their own."""
         groups = HeadGroups.of(self.options, kv_heads)
         if groups is None:
             return
-        for store, specs in (
-            (self._keys, [self.options.code(self._keys.spec, k) for k, _ in groups.bits]),
-            (self._values, [self.options.code(self._values.spec, v) for _, v in groups.bits]),
-        ):
-            store.groups, store.spec = groups, specs[0]
-            for spec in specs[1:]:
-                store.add_tier(spec)
+        stores = self._keys, self._values
+        pairs = [
+            tuple(self.options.code(s.spec, bits) for s, bits in zip(stores, group, strict=True))
+            for group in groups.bits
+        ]
+        for store, spec, pages in zip(stores, pairs[0], self._page_formats(*pairs[0]), strict=True):
+            store.groups, store.spec, store.pages = groups, spec, pages
+        for pair in pairs[1:]:
+            self._add_code(*pair)
+
+    def _add_code(self, key: QuantSpec, value: QuantSpec) -> None:
+        """Give the stores a further code; it lies in pages where it can."""
+        key_pages, value_pages = self._page_formats(key, value)
+        self._keys.add_tier(key, key_pages)
+        self._values.add_tier(value, value_pages)
+
+    def _page_formats(
+        self, key: QuantSpec, value: QuantSpec
+    ) -> tuple[PageFormat, PageFormat] | tuple[None, None]:
+        """Return the formats of pages of keys and values, or twice None to keep rows."""
+        layout = self._page_layout(key, value)
+        if layout is None:
+            return None, None
+        return PageFormat(layout, key, True), PageFormat(layout, value, False)
 
     def _page_layout(self, key: QuantSpec, value: QuantSpec) -> PageLayout | None:
         """Return the layout of pages, or None to keep rows."""
-        if self.options.layout == "rows" or self.options.importance or self.options.head_bits:
+        if self.options.layout == "rows":
             return None
         if self.options.layout == "pages":
             if (reason := why_no_pages(key, value)) is not None:
+                if self.options.importance or self.options.head_bits:  # of some codes only
+                    return None
                 raise ConfigError(f'layout="pages": {reason}; use layout="auto"')
             return page_layout(key, value)
         fused = why_not_fused(key, value, self.device, self.dtype) is None

@@ -15,8 +15,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "small": {"bits": 2, "importance": (4,), "budget": 2.4},
     }
 )
-"""From the least loss to the fewest bytes. "small" reads more bits for the tokens that get the most
-attention; the others have the fused kernel on GPUs."""
+"""From the least loss to the fewest bytes. "small" keeps more bits of the tokens that get the most
+attention, which costs a further pass of attention over them."""
 
 
 def preset_settings(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import Slots
 from quantforge.llm.paged import PagedRows
 from quantforge.ops.attention import op as attention_op
+from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.merge import Partial
 from quantforge.tensor import QuantTensor
 
@@ -93,7 +94,7 @@ def attend_packed(
             seen = None if mask is None else places.part_of_queries(mask, i)
         elif places is not None:
             seen = _mask_of_tier(mask, places, i, query.shape[1])
-        partials.append(_attend(q, rows_of(key), rows_of(value), seen, scale))
+        partials.append(_attend(q, key, value, seen, scale))
     if isinstance(places, HeadGroups):
         outs, lses = zip(*partials, strict=True)
         return [(places.join_queries(outs), places.join_queries(lses))]
@@ -101,6 +102,41 @@ def attend_packed(
 
 
 def _attend(
+    query: torch.Tensor, key: Source, value: Source, mask: torch.Tensor | None, scale: float
+) -> Partial:
+    paged = isinstance(key, PagedRows) and isinstance(value, PagedRows)
+    plain = mask is None or mask.dtype == torch.bool
+    if paged and plain and not key.first and query.dtype == key.dtype:  # type: ignore[union-attr]
+        return _attend_pages(query, key, value, mask, scale)  # type: ignore[arg-type]
+    return _attend_rows(query, rows_of(key), rows_of(value), mask, scale)
+
+
+def _attend_pages(
+    query: torch.Tensor,
+    key: PagedRows,
+    value: PagedRows,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> Partial:
+    """Attend to pages alone by the fused operator."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    out, lse = decode_op.decode_attention(
+        query,
+        key.pages.flatten(0, 1),
+        value.pages.flatten(0, 1),
+        *(None, None, key.n, None),
+        *(None, None, None, 0, 0),
+        *(mask, False),
+        *(key.shift, key.equalizer, value.shift, value.equalizer),
+        *(scale, 0.0, 0),
+        *(key.format.spec.key, value.format.spec.key),
+    )
+    return out, lse
+
+
+def _attend_rows(
     query: torch.Tensor,
     key: QuantTensor,
     value: QuantTensor,
