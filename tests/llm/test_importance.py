@@ -233,8 +233,8 @@ def test_pages_of_several_codes(split: Any, padded: bool, attention: str) -> Non
                     ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache
                 )
         logits.append(out.logits.log_softmax(-1))
-    assert_same_logits(*logits)
         sources.append(type(cache.layers[0].keys.source))
+    assert_same_logits(*logits)
     assert sources == [PagedRows, QuantTensor]
 
 
