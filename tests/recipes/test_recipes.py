@@ -44,6 +44,12 @@ def test_generate_with_cache(arguments: tuple[str, ...]) -> None:
     assert "tokens agree" in run("generate_with_cache.py", "--small", *arguments)
 
 
+def test_prompt_cache(tmp_path: Path) -> None:
+    out = run("prompt_cache.py", "--small", "--file", str(tmp_path / "prefix.safetensors"))
+    assert "loaded in" in out
+    assert (tmp_path / "prefix.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_train_tiny_lm(tmp_path: Path) -> None:
     """The loss falls, and the asset is written and measured."""
