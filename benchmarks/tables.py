@@ -80,9 +80,12 @@ def eager_attention(name: str) -> str:
 def native_ops(name: str) -> str:
     """Return the speed of the native library against dense torch."""
     body = []
-    for row in load(name)["rows"]:
+    rows = load(name)["rows"]
+    with_cold = any(row.get("cold_ratio") for row in rows)
+    for row in rows:
         if row["op"] not in ("scores", "attention"):
             continue
+        cold = f"{row['cold_ratio']:.2f}x" if row.get("cold_ratio") else ""
         queries = f"{row['queries']} quer{'y' if row['queries'] == 1 else 'ies'}"
         goal = f"{row['target']:g}x" if row.get("target") else ""
         body.append(
@@ -93,9 +96,11 @@ def native_ops(name: str) -> str:
                 f"{row['packed_ms']:.2f} ms",
                 f"{row['ratio']:.2f}x",
                 goal,
+                *([cold] if with_cold else []),
             ]
         )
     head = ["case", "precision", "level", "time", "against dense", "goal"]
+    head += ["with codes out of cache"] if with_cold else []
     text = "Dense is fp32 matmul for scores, bf16 SDPA with heads folded into rows for attention. "
     return markdown(head, body) + f"\n{text}{_caption(name)}\n"
 

@@ -21,5 +21,8 @@ def test_benchmark(library: Library, tmp_path: Path, capsys: pytest.CaptureFixtu
     targets = [row["target"] for row in rows if row["target"] is not None]
     assert targets == [8, 20, 1.5, 4, 2, 2]
     assert all(row["ratio"] > 0 for row in rows)
+    cold = [row for row in rows if row["cold_ms"] is not None]
+    assert [row["target"] for row in cold] == targets
+    assert all(row["cold_ratio"] > 0 for row in cold)
     shown = capsys.readouterr().out
     assert shown.count("target") == len(targets)

@@ -73,7 +73,8 @@ def check_batch(name: str, x: torch.Tensor, other: str, y: torch.Tensor) -> None
     """Raise unless both are matrices or stacks of them whose leading axes broadcast."""
     try:
         ok = min(x.ndim, y.ndim) >= 2
-        torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        if x.shape[:-2] != y.shape[:-2]:  # the call costs more than short products
+            torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except RuntimeError:
         ok = False
     if not ok:

@@ -7,8 +7,8 @@ tensors are read where they are; only a last axis with a stride is copied.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,21 +48,20 @@ def code_of(spec: QuantSpec) -> NativeCode:
 
 
 @lru_cache(maxsize=1024)
-def _offsets(sizes: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
-    """Return the offset of each group."""
+def _offsets(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[NDArray[np.int64], int]:
+    """Return the offset of each group, and the address of these."""
     offsets = np.zeros(1, np.int64)
     for size, stride in zip(sizes, strides, strict=True):
         offsets = (offsets[:, None] + stride * np.arange(size, dtype=np.int64)).ravel()
-    return offsets
+    return offsets, offsets.ctypes.data
 
 
-def _group_offsets(t: torch.Tensor, unit: int) -> NDArray[np.int64]:
+def _group_offsets(t: torch.Tensor, unit: int) -> tuple[NDArray[np.int64], int]:
     strides = tuple(unit * stride for stride in t.stride()[:-2])
     return _offsets(tuple(t.shape[:-2]), strides)
 
 
-@dataclass(frozen=True, eq=False)
-class Operand:
+class Operand(NamedTuple):
     """A C structure with the tensors and arrays that it points to."""
 
     structure: ctypes.Structure
@@ -81,9 +80,11 @@ def unit_stride(t: torch.Tensor) -> torch.Tensor:
 
 def rows_of(t: torch.Tensor, lead: torch.Size) -> Operand:
     """Return the rows of t (..., n, width), leading axes expanded to `lead`."""
-    t = unit_stride(t).expand(*lead, -1, -1)
-    offsets = _group_offsets(t, t.element_size())
-    rows = Rows(t.data_ptr(), offsets.ctypes.data, t.stride(-2) * t.element_size())
+    t = unit_stride(t)
+    t = t if t.shape[:-2] == lead else t.expand(*lead, -1, -1)
+    size = t.element_size()
+    offsets, address = _group_offsets(t, size)
+    rows = Rows(t.data_ptr(), address, t.stride(-2) * size)
     return Operand(rows, (t, offsets))
 
 
@@ -96,8 +97,7 @@ def packed_of(
     return Operand(structure, (code, rows, scale_rows))
 
 
-@dataclass(frozen=True, eq=False)
-class Statistic:
+class Statistic(NamedTuple):
     """A shift or equalizer as a C function takes it: (address, address of offsets)."""
 
     arguments: tuple[int | None, int | None]
@@ -110,8 +110,8 @@ def statistic_of(t: torch.Tensor | None, lead: torch.Size) -> Statistic:
         return Statistic((None, None))
     t = unit_stride(t.to(torch.float32))
     t = (t.unsqueeze(0) if t.ndim == 1 else t).expand(*lead, -1, -1)
-    offsets = _group_offsets(t, 1)
-    return Statistic((t.data_ptr(), offsets.ctypes.data), (t, offsets))
+    offsets, address = _group_offsets(t, 1)
+    return Statistic((t.data_ptr(), address), (t, offsets))
 
 
 def turn(x: torch.Tensor, spec: QuantSpec, *, inverse: bool = False) -> torch.Tensor:

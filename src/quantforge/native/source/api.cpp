@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "pool.h"
 #include "queries.h"
+#include "row_order.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -207,16 +208,15 @@ API int qf_scores(const Packed *packed, int64_t groups, int64_t queries, int64_t
         args.out = *out;
         args.accumulate = accumulate;
         args.wide = queries > 2 ? 2 : 1;
-        const bool one = queries == 1 && layout.planes == 1 && layout.bits <= 4
-                       && (fast || k.fast_lookup);
+        const bool one = queries == 1 && layout.planes == 1 && layout.bits <= 4;
         std::vector<float> blocks;
         ByteQueries bytes;
         auto kernel = one ? k.one_query : k.scores;
         size_t scratch = k.scores_scratch(&layout);
         int64_t rows = k.lanes * (one ? 1 : args.wide);
         if (fast) {
-            // few queries wait for memory anyway: int8 alone has an error of 7e-3, two terms 3e-3
-            args.terms = k.query_words == 1 && 2 * queries <= k.byte_queries ? 2 : 1;
+            // int8 alone has an error of 7e-3, two terms 3e-3: taken where they fill a pass
+            args.terms = k.query_words == 1 && !one && 2 * queries <= k.byte_queries ? 2 : 1;
             bytes = pack_bytes(query, groups, queries, args.terms, one, layout, k);
             args.byte_query = bytes.words.data();
             args.query_unit = bytes.unit.data();
@@ -225,7 +225,11 @@ API int qf_scores(const Packed *packed, int64_t groups, int64_t queries, int64_t
             scratch = k.byte_scratch(&layout);
             rows = k.lanes * (one ? 1 : k.byte_wide);
         } else if (one) {
-            blocks = pack_one_query(query, groups, layout, k.lanes);
+            const int64_t width = row_width(layout, k.lanes);
+            blocks.resize((size_t)(groups * width));
+            for (int64_t g = 0; g < groups; g++)
+                pack_row_queries(query + g * layout.dim, 1, layout, 1, k,
+                                 blocks.data() + g * width);
         } else {
             const int64_t size = queries * layout.dim;
             blocks.resize((size_t)(groups * size));
@@ -291,12 +295,18 @@ API int qf_attention(const Packed *key, const Packed *value, const int64_t *size
         const int64_t rows = args.q_per_kv * args.length, all = args.groups * rows;
         const int64_t dim = k_layout.dim, value_dim = v_layout.dim;
         const int64_t parts = (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-        std::vector<float> blocks((size_t)(all * dim));
+        const auto by_rows = [](const Layout &l) { return l.bits == 2 || l.bits == 4; };
+        const bool few = rows <= k.few_rows && by_rows(k_layout) && by_rows(v_layout);
+        const int64_t width = few ? row_width(k_layout, k.lanes) : dim;
+        std::vector<float> blocks((size_t)(all * width));
         for (int64_t g = 0; g < args.groups; g++) {
             for (int64_t r = 0; r < rows; r += ATTENTION_ROWS) {
-                const int64_t start = (g * rows + r) * dim;
-                pack_queries(query + start, std::min<int64_t>(ATTENTION_ROWS, rows - r), dim,
-                             k.max_accumulators / WIDE, blocks.data() + start);
+                const int64_t row = g * rows + r;
+                const int64_t count = std::min<int64_t>(ATTENTION_ROWS, rows - r);
+                const float *from = query + row * dim;
+                float *to = blocks.data() + row * width;
+                if (few) pack_row_queries(from, count, k_layout, k.row_queries, k, to);
+                else pack_queries(from, count, dim, k.max_accumulators / WIDE, to);
             }
         }
         args.query = blocks.data();
@@ -308,7 +318,8 @@ API int qf_attention(const Packed *key, const Packed *value, const int64_t *size
         const int64_t tasks = args.splits * args.groups * parts;
         const int64_t work = std::min(args.n, args.step) * (dim + value_dim)
                            * (std::min<int64_t>(rows, ATTENTION_ROWS) + 1);
-        run(k.attention, args, k.attention_scratch(&k_layout, &v_layout), tasks,
+        const auto scratch = few ? k.row_attention_scratch : k.attention_scratch;
+        run(few ? k.row_attention : k.attention, args, scratch(&k_layout, &v_layout), tasks,
             grain_of(tasks, work, threads), threads);
 
         for (int64_t r = 0; r < all; r++) {  // merge the splits (arXiv 2205.14135, section 3.1)

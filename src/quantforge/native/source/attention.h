@@ -1,9 +1,9 @@
 // Attention over packed keys and values with an online softmax (arXiv 1805.02867).
 //
-// A task is some query rows of one key head and a range of its keys. Per tile of WIDE * LANES keys:
-// decode the keys once for all rows, dot products, softmax weights, decode the values into the same
-// buffer, add the weighted values up. Lanes are keys all along, so nothing is transposed but codes;
-// the sums over lanes are taken once at the end.
+// A task is some query rows of one key head and a range of its keys. Per tile of keys: dot
+// products, softmax weights, weighted values added up. Two classes do the products: for many rows,
+// here, a tile is decoded once into memory; for few, in row_attention.h, codes go into registers
+// only.
 #pragma once
 
 #include <math.h>
@@ -32,16 +32,8 @@ static INLINE F exp_negative(F x) {
     return Vector::select(Vector::greater(lowest, x), Vector::zero(), result);
 }
 
-static size_t attention_scratch(const Layout *k, const Layout *v) {
-    const size_t dim = k->dim > v->dim ? k->dim : v->dim, tile = WIDE * LANES;
-    const size_t dwords = k->dwords > v->dwords ? k->dwords : v->dwords;
-    return 4 * (tile * dim + dwords * LANES
-                + ATTENTION_ROWS * (tile + (size_t)v->dim * LANES + 2)) + 1024;
-}
-
 struct Softmax {
-    float *maximum, *mass, *sums;
-    int64_t dim;
+    float *maximum, *mass;
 };
 
 // Mask `logits` of one query row from key `first` on: -inf, or the bias added.
@@ -64,105 +56,144 @@ static INLINE void apply_mask(const AttentionArgs &a, int64_t batch, int64_t hea
     }
 }
 
-// Turn the logits of row `r` into weights exp(logit - maximum), in place.
-static INLINE void weigh(const Softmax &state, int64_t r, int64_t rows, float *logits) {
+// Turn `VECTORS` vectors of logits of row r into weights exp(logit - maximum), in place. Returns
+// what sums of earlier weights are to be multiplied by.
+template <int VECTORS>
+static INLINE float weigh(const Softmax &state, int64_t r, float *logits) {
     F top = Vector::load(logits);
-    for (int w = 1; w < WIDE; w++) top = Vector::max(Vector::load(logits + w * LANES), top);
+    for (int w = 1; w < VECTORS; w++) top = Vector::max(Vector::load(logits + w * LANES), top);
     const float before = state.maximum[r], now = Vector::maximum(top);
     const float maximum = now > before ? now : before;
     const float reference = maximum == -INFINITY ? 0 : maximum;
+    float correction = 1;
     if (maximum != before) {
-        const float correction = expf(before - reference);
+        correction = expf(before - reference);
         state.maximum[r] = maximum;
         state.mass[r] *= correction;
-        const int64_t part = r / SUM_QUERIES * SUM_QUERIES;
-        const int64_t queries = smaller(SUM_QUERIES, rows - part);
-        float *at = state.sums + part * state.dim * LANES + (r - part) * LANES;
-        const F factor = Vector::set1(correction);
-        for (int64_t c = 0; c < state.dim; c++, at += queries * LANES)
-            Vector::store(at, Vector::mul(Vector::load(at), factor));
     }
     F mass = Vector::zero();
-    for (int w = 0; w < WIDE; w++) {
+    for (int w = 0; w < VECTORS; w++) {
         const F difference = Vector::sub(Vector::load(logits + w * LANES), Vector::set1(reference));
         const F weight = exp_negative(difference);
         Vector::store(logits + w * LANES, weight);
         mass = Vector::add(mass, weight);
     }
     state.mass[r] += Vector::sum(mass);
+    return correction;
 }
 
+// Products of many rows. Lanes are keys, so nothing is transposed but codes; the sums over lanes
+// are taken once at the end.
+struct TileProducts {
+    static constexpr int VECTORS = WIDE, TILE = WIDE * LANES, ROWS_AT_MOST = ATTENTION_ROWS;
+    const AttentionArgs &a;
+    float *values, *sums;
+    uint32_t *dwords;
+
+    TileProducts(const AttentionArgs &args, Scratch &scratch) : a(args) {
+        const Layout &k = *a.k_layout, &v = *a.v_layout;
+        values = scratch.take<float>((int64_t)(k.dim > v.dim ? k.dim : v.dim) * TILE);
+        dwords = scratch.take<uint32_t>((int64_t)(k.dwords > v.dwords ? k.dwords : v.dwords)
+                                        * LANES);
+        sums = scratch.take<float>(ATTENTION_ROWS * (int64_t)v.dim * LANES);
+    }
+    static size_t scratch(const Layout *k, const Layout *v) {
+        const size_t dim = k->dim > v->dim ? k->dim : v->dim;
+        const size_t dwords = k->dwords > v->dwords ? k->dwords : v->dwords;
+        return 4 * (TILE * dim + LANES * (dwords + ATTENTION_ROWS * (size_t)v->dim)) + 512;
+    }
+    void clear(int64_t rows) { __builtin_memset(sums, 0, 4 * rows * a.v_layout->dim * LANES); }
+
+    // logits[row][key] without the scales of keys.
+    void dot(int64_t group, int64_t first, int64_t first_row, int64_t rows, float *logits) {
+        constexpr int MAX = max_queries(WIDE);
+        const Layout &k = *a.k_layout;
+        const float *query = a.query + first_row * k.dim;
+        prefetch_rows(a.value.rows, group, first, TILE, a.n, 4 * a.v_layout->dwords);
+        decode_tile<WIDE>(k, a.key, group, first, a.n, values, dwords);
+        for (int64_t q = 0; q < rows; q += MAX) {
+            with_queries<MAX>(smaller(MAX, rows - q), [&](auto number)
+                                  __attribute__((always_inline)) {
+                constexpr int QUERIES = decltype(number)::value;
+                F part[QUERIES][WIDE];
+                dots<QUERIES, WIDE>(values, query + q * k.dim, k.dim, part);
+                for (int i = 0; i < QUERIES * WIDE; i++)
+                    Vector::store(logits + (q * WIDE + i) * LANES, (&part[0][0])[i]);
+            });
+        }
+        prefetch_rows(a.key.rows, group, first + TILE, TILE, a.n, 4 * k.dwords);
+    }
+    void scale(int64_t r, int64_t rows, float factor) {
+        const int64_t part = r / SUM_QUERIES * SUM_QUERIES, dim = a.v_layout->dim;
+        const int64_t queries = smaller(SUM_QUERIES, rows - part);
+        float *at = sums + part * dim * LANES + (r - part) * LANES;
+        for (int64_t c = 0; c < dim; c++, at += queries * LANES)
+            Vector::store(at, Vector::mul(Vector::load(at), Vector::set1(factor)));
+    }
+    void add(int64_t group, int64_t first, int64_t, int64_t rows, const float *weights) {
+        decode_tile<WIDE>(*a.v_layout, a.value, group, first, a.n, values, dwords);
+        accumulate_rows(values, weights, rows, a.v_layout->dim, sums);
+    }
+    void write(int64_t rows, float *out) { add_lanes(sums, rows, a.v_layout->dim, out); }
+};
+
+template <class Products> static size_t attention_scratch(const Layout *k, const Layout *v) {
+    return Products::scratch(k, v) + 4 * Products::ROWS_AT_MOST * (Products::TILE + 2) + 512;
+}
+
+template <class Products>
 static void attention(const AttentionArgs *args, int64_t begin, int64_t end, void *memory) {
     const AttentionArgs &a = *args;
-    constexpr int TILE = WIDE * LANES, MAX = max_queries(WIDE);
-    const Layout &k = *a.k_layout, &v = *a.v_layout;
-    const int64_t rows_in_all = a.q_per_kv * a.length;
-    const int64_t parts = (rows_in_all + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    const int64_t dwords_count = k.dwords > v.dwords ? k.dwords : v.dwords;
+    constexpr int TILE = Products::TILE, VECTORS = Products::VECTORS;
+    constexpr int MAX = Products::ROWS_AT_MOST;
+    const int64_t rows_in_all = a.q_per_kv * a.length, parts = (rows_in_all + MAX - 1) / MAX;
     Scratch scratch{(uint8_t *)memory};
-    float *values = scratch.take<float>((int64_t)(k.dim > v.dim ? k.dim : v.dim) * TILE);
-    uint32_t *dwords = scratch.take<uint32_t>(dwords_count * LANES);
-    float *logits = scratch.take<float>(ATTENTION_ROWS * TILE);
-    Softmax state;
-    state.dim = v.dim;
-    state.maximum = scratch.take<float>(ATTENTION_ROWS);
-    state.mass = scratch.take<float>(ATTENTION_ROWS);
-    state.sums = scratch.take<float>(ATTENTION_ROWS * (int64_t)v.dim * LANES);
+    Products products(a, scratch);
+    float *logits = scratch.take<float>(MAX * TILE);
+    const Softmax state{scratch.take<float>(MAX), scratch.take<float>(MAX)};
     for (int64_t task = begin; task < end; task++) {
         const int64_t part = task % parts, group = task / parts % a.groups;
-        const int64_t split = task / parts / a.groups;
-        const int64_t r0 = part * ATTENTION_ROWS;
-        const int64_t rows = smaller(ATTENTION_ROWS, rows_in_all - r0);
+        const int64_t split = task / parts / a.groups, r0 = part * MAX;
+        const int64_t rows = smaller(MAX, rows_in_all - r0);
         const int64_t batch = group / a.kv_heads, first_head = group % a.kv_heads * a.q_per_kv;
-        const float *query = a.query + (group * rows_in_all + r0) * k.dim;
-        int64_t stop = smaller(a.n, (split + 1) * a.step);
+        const int64_t keys_end = smaller(a.n, (split + 1) * a.step);
+        int64_t stop = keys_end;
         if (a.is_causal) {  // no row of the part sees further than its last query
             const bool wraps = r0 / a.length != (r0 + rows - 1) / a.length;
             stop = smaller(stop, wraps ? a.length : (r0 + rows - 1) % a.length + 1);
         }
         for (int64_t r = 0; r < rows; r++) state.maximum[r] = -INFINITY;
         __builtin_memset(state.mass, 0, sizeof(float) * rows);
-        __builtin_memset(state.sums, 0, sizeof(float) * rows * v.dim * LANES);
+        products.clear(rows);
         for (int64_t first = split * a.step; first < stop; first += TILE) {
-            const int64_t count = smaller(TILE, a.n - first);
-            prefetch_rows(a.value.rows, group, first, TILE, a.n, 4 * v.dwords);
-            decode_tile<WIDE>(k, a.key, group, first, a.n, values, dwords);
-            float scales[TILE];
-            load_scales(a.key, group, first, count, TILE, a.scale, scales);
-            for (int64_t q = 0; q < rows; q += MAX) {
-                with_queries<MAX>(smaller(MAX, rows - q), [&](auto number)
-                                      __attribute__((always_inline)) {
-                    constexpr int QUERIES = decltype(number)::value;
-                    F sums[QUERIES][WIDE];
-                    dots<QUERIES, WIDE>(values, query + q * k.dim, k.dim, sums);
-                    for (int i = 0; i < QUERIES; i++)
-                        for (int w = 0; w < WIDE; w++)
-                            Vector::store(
-                                logits + ((q + i) * WIDE + w) * LANES,
-                                Vector::mul(sums[i][w], Vector::load(scales + w * LANES)));
-                });
-            }
-            prefetch_rows(a.key.rows, group, first + TILE, TILE, a.n, 4 * k.dwords);
-            load_scales(a.value, group, first, count, TILE, 1, scales);
+            const int64_t count = smaller(TILE, keys_end - first);
+            products.dot(group, first, group * rows_in_all + r0, rows, logits);
+            float k_scales[TILE], v_scales[TILE];
+            load_scales(a.key, group, first, count, TILE, a.scale, k_scales);
+            load_scales(a.value, group, first, count, TILE, 1, v_scales);
             for (int64_t r = 0; r < rows; r++) {
                 float *row = logits + r * TILE;
+                const auto times = [&](const float *scales) __attribute__((always_inline)) {
+                    for (int i = 0; i < TILE; i += LANES)
+                        Vector::store(row + i, Vector::mul(Vector::load(row + i),
+                                                           Vector::load(scales + i)));
+                };
+                times(k_scales);
                 const int64_t head = first_head + (r0 + r) / a.length;
                 apply_mask(a, batch, head, (r0 + r) % a.length, first, count, row);
                 for (int64_t i = count; i < TILE; i++) row[i] = -INFINITY;
-                weigh(state, r, rows, row);
-                for (int w = 0; w < WIDE; w++)
-                    Vector::store(row + w * LANES, Vector::mul(Vector::load(row + w * LANES),
-                                                               Vector::load(scales + w * LANES)));
+                const float correction = weigh<VECTORS>(state, r, row);
+                if (correction != 1) products.scale(r, rows, correction);
+                times(v_scales);
             }
-            decode_tile<WIDE>(v, a.value, group, first, a.n, values, dwords);
-            accumulate_rows(values, logits, rows, v.dim, state.sums);
+            products.add(group, first, count, rows, logits);
         }
         const int64_t at = (split * a.groups + group) * rows_in_all + r0;
         for (int64_t r = 0; r < rows; r++) {
             a.maximum[at + r] = state.maximum[r];
             a.mass[at + r] = state.mass[r];
         }
-        add_lanes(state.sums, rows, v.dim, a.partial + at * v.dim);
+        products.write(rows, a.partial + at * a.v_layout->dim);
     }
 }
 

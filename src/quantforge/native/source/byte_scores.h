@@ -138,7 +138,6 @@ static void byte_scores(const ScoresArgs *args, int64_t begin, int64_t end, void
     for (int64_t t = begin; t < end; t++) {
         const int64_t group = t / tiles, first = t % tiles * TILE;
         const int64_t count = smaller(TILE, a.n - first);
-        prefetch_rows(a.packed.rows, group, first + TILE, TILE, a.n, 4 * layout.dwords);
         decode_byte_tile(a, group, first, values, high);
         float scales[TILE];
         load_scales(a.packed, group, first, count, TILE, a.packed.code->byte_unit, scales);
@@ -148,6 +147,9 @@ static void byte_scores(const ScoresArgs *args, int64_t begin, int64_t end, void
             with_queries<BYTE_QUERIES>(smaller(BYTE_QUERIES, terms - q), [&](auto number)
                                            __attribute__((always_inline)) {
                 constexpr int QUERIES = decltype(number)::value;
+                prefetch_slice(a, group, first + TILE, TILE, q, q + QUERIES, terms);
+                for (int i = 0; i < QUERIES; i += a.terms)
+                    prefetch_scores(a, group, (q + i) / a.terms, first, count);
                 I sums[QUERIES][BYTE_W];
                 byte_dots<QUERIES, BYTE_W>(values, query + q * steps * Vector::QUERY_WORDS, steps,
                                            sums);

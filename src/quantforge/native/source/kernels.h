@@ -120,7 +120,7 @@ struct AttentionArgs {
     const Layout *k_layout, *v_layout;
     int64_t groups, kv_heads, q_per_kv, length, n;
     Packed key, value;
-    const float *query;  // (groups, packed tiles of queries)
+    const float *query;  // (groups, packed parts of queries)
     const uint8_t *mask;
     int mask_is_bool;
     int64_t mask_strides[3];  // bytes: batch, head, query
@@ -150,13 +150,17 @@ struct Kernels {
     void (*scores)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
     size_t (*byte_scratch)(const Layout *);
     void (*byte_scores)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
-    bool fast_lookup;  // whether one_query is faster than scores
+    bool by_bytes;    // order of the channels of a row, see row_order.h
+    int row_queries;  // that share a decoded vector of a row
     void (*one_query)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
     void (*one_byte_query)(const ScoresArgs *, int64_t begin, int64_t end, void *scratch);
     size_t (*combine_scratch)(const Layout *);
     void (*combine)(const CombineArgs *, int64_t begin, int64_t end, void *scratch);
     size_t (*attention_scratch)(const Layout *, const Layout *);
     void (*attention)(const AttentionArgs *, int64_t begin, int64_t end, void *scratch);
+    int few_rows;     // up to here row_attention is faster than attention
+    size_t (*row_attention_scratch)(const Layout *, const Layout *);  // 2 or 4 bits
+    void (*row_attention)(const AttentionArgs *, int64_t begin, int64_t end, void *scratch);
 };
 
 extern const Kernels portable_kernels;

@@ -6,6 +6,7 @@
 #include "codec.h"
 #include "one_query.h"
 #include "products.h"
+#include "row_attention.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -29,11 +30,15 @@ const Kernels JOIN(LEVEL, _kernels) = {
     LEVEL::scores,
     LEVEL::byte_scratch,
     LEVEL::byte_scores,
-    LEVEL::Vector::FAST_LOOKUP,
+    LEVEL::Vector::SPLIT_LOOKUP,
+    LEVEL::ROW_QUERIES,
     LEVEL::one_query,
     LEVEL::one_byte_query,
     LEVEL::combine_scratch,
     LEVEL::combine,
-    LEVEL::attention_scratch,
-    LEVEL::attention,
+    LEVEL::attention_scratch<LEVEL::TileProducts>,
+    LEVEL::attention<LEVEL::TileProducts>,
+    LEVEL::FEW_ROWS,
+    LEVEL::attention_scratch<LEVEL::RowProducts>,
+    LEVEL::attention<LEVEL::RowProducts>,
 };

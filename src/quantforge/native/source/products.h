@@ -58,6 +58,20 @@ template <int MAX, class Body> static INLINE void with_queries(int64_t count, co
     body(Int<MAX>());
 }
 
+// Ask for the part [q, end) of `queries` of the next rows: requests in one burst fill the buffers
+// of the core and then wait in front of its loads.
+static INLINE void prefetch_slice(const ScoresArgs &a, int64_t group, int64_t first, int64_t rows,
+                                  int64_t q, int64_t end, int64_t queries) {
+    const int64_t from = rows * q / queries, to = rows * end / queries;
+    prefetch_rows(a.packed.rows, group, first + from, to - from, a.n, 4 * a.layout->dwords);
+}
+// Ask for the memory that scores of a query will be written to.
+static INLINE void prefetch_scores(const ScoresArgs &a, int64_t group, int64_t q, int64_t first,
+                                   int64_t count) {
+    const uint8_t *at = a.out.data + a.out.offsets[group] + q * a.out.stride + 4 * first;
+    for (int64_t b = 0; b < 4 * count; b += 64) __builtin_prefetch(at + b);
+}
+
 template <int W>
 static void scores_of(const ScoresArgs &a, int64_t begin, int64_t end, Scratch scratch) {
     constexpr int TILE = W * LANES, MAX = max_queries(W);
@@ -68,7 +82,6 @@ static void scores_of(const ScoresArgs &a, int64_t begin, int64_t end, Scratch s
     for (int64_t t = begin; t < end; t++) {
         const int64_t group = t / tiles, first = t % tiles * TILE;
         const int64_t count = smaller(TILE, a.n - first);
-        prefetch_rows(a.packed.rows, group, first + TILE, TILE, a.n, 4 * layout.dwords);
         decode_tile<W>(layout, a.packed, group, first, a.n, values, dwords);
         float scales[TILE];
         load_scales(a.packed, group, first, count, TILE, 1, scales);
@@ -77,6 +90,8 @@ static void scores_of(const ScoresArgs &a, int64_t begin, int64_t end, Scratch s
             with_queries<MAX>(smaller(MAX, a.queries - q), [&](auto number)
                                   __attribute__((always_inline)) {
                 constexpr int QUERIES = decltype(number)::value;
+                prefetch_slice(a, group, first + TILE, TILE, q, q + QUERIES, a.queries);
+                for (int i = 0; i < QUERIES; i++) prefetch_scores(a, group, q + i, first, count);
                 F sums[QUERIES][W];
                 dots<QUERIES, W>(values, query + q * layout.dim, layout.dim, sums);
                 for (int i = 0; i < QUERIES; i++) {

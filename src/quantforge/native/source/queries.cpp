@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "row_order.h"
+
 void pack_queries(const float *query, int64_t count, int64_t dim, int64_t most, float *out) {
     for (int64_t q = 0; q < count; q += most) {
         const int64_t part = std::min(most, count - q);
@@ -14,21 +16,19 @@ void pack_queries(const float *query, int64_t count, int64_t dim, int64_t most, 
     }
 }
 
-std::vector<float> pack_one_query(const float *query, int64_t groups, const Layout &layout,
-                                  int lanes) {
-    const Plane &plane = layout.plane[0];
-    const int64_t fields = 8 / plane.width, blocks = (layout.dwords + lanes - 1) / lanes;
-    const int64_t size = blocks * 4 * fields * lanes;
-    std::vector<float> out((size_t)(groups * size));
-    for (int64_t g = 0; g < groups; g++) {
-        for (int64_t channel = 0; channel < layout.dim; channel++) {
-            const int64_t field = channel / plane.stride, byte = channel % plane.stride;
-            const int64_t dword = byte / 4, block = dword / lanes;
-            const int64_t at = ((block * 4 + byte % 4) * fields + field) * lanes + dword % lanes;
-            out[g * size + at] = query[g * layout.dim + channel];
-        }
+int64_t pack_row_queries(const float *query, int64_t count, const Layout &layout, int64_t most,
+                         const Kernels &k, float *out) {
+    const int64_t width = row_width(layout, k.lanes), lanes = k.lanes;
+    std::fill_n(out, count * width, 0.0f);
+    for (int64_t q = 0; q < count; q += most) {
+        const int64_t part = std::min(most, count - q);
+        for_channels(layout, k.lanes, k.by_bytes, [&](int64_t at, int64_t channel) {
+            float *to = out + q * width + at / lanes * part * lanes + at % lanes;
+            for (int64_t i = 0; i < part; i++)
+                to[i * lanes] = query[(q + i) * layout.dim + channel];
+        });
     }
-    return out;
+    return count * width;
 }
 
 namespace {
@@ -43,6 +43,8 @@ bool peak_of(const float *x, int64_t dim, float &peak) {
     }
     return finite;
 }
+
+float rounded_to_integer(float x) { return (float)__builtin_lrintf(x); }
 
 // Four integers as the words of a level: four int8, or two pairs of int16 `apart` words.
 void store_words(const int32_t value[4], int words, int64_t apart, int32_t *out) {
@@ -91,8 +93,8 @@ ByteQueries pack_bytes(const float *query, int64_t groups, int64_t queries, int 
                 const int64_t channel = byte + m % fields * plane.stride;
                 if (byte >= plane.stride || channel >= dim) continue;
                 const float exact = x[channel] / peak * most;
-                float rounded = std::nearbyint(exact);
-                if (second) rounded = std::nearbyint((exact - rounded) * 2 * most);
+                float rounded = rounded_to_integer(exact);
+                if (second) rounded = rounded_to_integer((exact - rounded) * 2 * most);
                 value[b] = (int32_t)rounded;
                 sum += value[b];
             }

@@ -8,9 +8,10 @@
 // Bring queries (count, dim) into parts of `most`, each (dim, queries of the part), for tiles.
 void pack_queries(const float *query, int64_t count, int64_t dim, int64_t most, float *out);
 
-// One query per group as one_query.h reads it.
-std::vector<float> pack_one_query(const float *query, int64_t groups, const Layout &layout,
-                                  int lanes);
+// Bring queries (count, dim) into parts of `most`, each (block, vector, query, lane), for rows.h;
+// returns how many numbers were written: row_width(layout, lanes) a query.
+int64_t pack_row_queries(const float *query, int64_t count, const Layout &layout, int64_t most,
+                         const Kernels &k, float *out);
 
 struct ByteQueries {
     std::vector<int32_t> words;

@@ -10,7 +10,6 @@ namespace LEVEL {
 struct Vector {
     static constexpr int LANES = 8;
     static constexpr int MAX_ACCUMULATORS = 12;  // of 16 registers
-    static constexpr bool FAST_LOOKUP = false;   // one instruction for 16 floats
     typedef __m256 F;
     typedef __m256i I;
     typedef __m256 Mask;
@@ -109,6 +108,18 @@ struct Vector {
             r[c] = _mm256_permute2x128_si256(u[c], u[4 + c], 0x20);
             r[4 + c] = _mm256_permute2x128_si256(u[c], u[4 + c], 0x31);
         }
+    }
+
+    // Lane i: the sum of the lanes of r[i].
+    static F sums_of(const F r[LANES]) {
+        const F a = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+        const F b = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+        return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    static I sums_of(const I r[LANES]) {
+        const I a = _mm256_hadd_epi32(_mm256_hadd_epi32(r[0], r[1]), _mm256_hadd_epi32(r[2], r[3]));
+        const I b = _mm256_hadd_epi32(_mm256_hadd_epi32(r[4], r[5]), _mm256_hadd_epi32(r[6], r[7]));
+        return iadd(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
     }
 
     // table[index mod 2^BITS]; tables shorter than 16 are repeated up to 16 by the caller.

@@ -9,7 +9,6 @@ namespace LEVEL {
 struct Vector {
     static constexpr int LANES = 16;
     static constexpr int MAX_ACCUMULATORS = 24;  // of 32 registers
-    static constexpr bool FAST_LOOKUP = true;    // one instruction for 16 floats
     static constexpr bool SPLIT_LOOKUP = false;
     struct SplitLookup {
         explicit SplitLookup(const float *) {}
@@ -104,6 +103,40 @@ struct Vector {
             r[8 + c] = _mm512_shuffle_i32x4(b, e, 0x88);
             r[12 + c] = _mm512_shuffle_i32x4(b, e, 0xDD);
         }
+    }
+
+    // Lane i: the sum of the lanes of r[i]. Each step adds two halves of two vectors into one:
+    //
+    //     dwords 0, 2 + 1, 3    then 0, 1 + 2, 3    then 128-bit lanes 0, 2 + 1, 3, twice
+    template <class Add>
+    static inline __attribute__((always_inline)) I sums_by(const I *r, Add plus) {
+        I t[8], u[4];
+#pragma GCC unroll 16
+        for (int i = 0; i < 8; i++) {
+            t[i] = plus(_mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]),
+                        _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 4; i++) {
+            u[i] = plus(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]),
+                        _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+        }
+        const I a = plus(_mm512_shuffle_i32x4(u[0], u[1], 0x88),
+                         _mm512_shuffle_i32x4(u[0], u[1], 0xDD));
+        const I b = plus(_mm512_shuffle_i32x4(u[2], u[3], 0x88),
+                         _mm512_shuffle_i32x4(u[2], u[3], 0xDD));
+        return plus(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+    }
+    static F sums_of(const F r[LANES]) {
+        I x[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = bits(r[i]);
+        return floats(sums_by(x, [](I a, I b) __attribute__((always_inline)) {
+            return bits(add(floats(a), floats(b)));
+        }));
+    }
+    static I sums_of(const I r[LANES]) {
+        return sums_by(r, [](I a, I b) __attribute__((always_inline)) { return iadd(a, b); });
     }
 
     // table[index mod 2^BITS]; tables shorter than 16 are repeated up to 16 by the caller.

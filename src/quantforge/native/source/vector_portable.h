@@ -10,7 +10,6 @@ namespace LEVEL {
 struct Vector {
     static constexpr int LANES = 4;
     static constexpr int MAX_ACCUMULATORS = 8;
-    static constexpr bool FAST_LOOKUP = false;
     static constexpr bool SPLIT_LOOKUP = false;
     struct SplitLookup {
         explicit SplitLookup(const float *) {}
@@ -125,6 +124,14 @@ struct Vector {
     static void transpose(I r[LANES]) {
         const I a = r[0], b = r[1], c = r[2], d = r[3];
         for (int i = 0; i < 4; i++) r[i] = I{a[i], b[i], c[i], d[i]};
+    }
+
+    // Lane i: the sum of the lanes of r[i].
+    static F sums_of(const F r[LANES]) { return F{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])}; }
+    static I sums_of(const I r[LANES]) {
+        I x;
+        for (int i = 0; i < LANES; i++) x[i] = r[i][0] + r[i][1] + r[i][2] + r[i][3];
+        return x;
     }
 
     // table[index mod 2^BITS]; tables shorter than 16 are repeated up to 16 by the caller.

@@ -41,5 +41,7 @@ def scores(
 
 def output_like(query: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Return an empty (..., q, n) tensor for scores of query (..., q, dim)."""
-    lead = torch.broadcast_shapes(query.shape[:-2], packed.shape[:-2])
+    lead = query.shape[:-2]
+    if lead != packed.shape[:-2]:  # the call costs more than short products
+        lead = torch.broadcast_shapes(lead, packed.shape[:-2])
     return query.new_empty((*lead, query.shape[-2], packed.shape[-2]))
