@@ -8,7 +8,6 @@ version of transformers.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import inspect
 import pickle
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from tests.llm.conformance import (
     COVERED,
     DIM,
     HEADS,
-    KINDS,
     assert_close,
     content,
     covers,
@@ -347,10 +345,3 @@ def test_no_upstream_argument_is_unknown() -> None:
             open_ended = any(p.kind is p.VAR_KEYWORD for p in got.values())
             missing = [p for p in expected if p not in got and not open_ended]
             assert set(missing) <= NOT_TAKEN | {"args", "kwargs"}, f"{ours.__name__}.{name}"
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("quantforge.llm.static") is None, reason="no static layer yet"
-)
-def test_the_static_layer_is_compared() -> None:
-    assert "static" in KINDS, "add QuantForgeStaticLayer to KINDS"

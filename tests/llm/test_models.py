@@ -70,6 +70,18 @@ def test_sliding_windows(family: str, changes: dict[str, Any], attention: str) -
         assert isinstance(layer.keys, SegmentedTensor) != is_short
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama"])
+def test_our_attention_reads_a_static_cache(family: str) -> None:
+    """Caps and sinks of the layers of full attention; the others are transformers' own."""
+    model = random_model(family, "quantforge", head_dim=64)
+    settings = CACHE | {"layout": "pages", "page_size": 64}
+    ours = QuantForgeCache(model.config, max_cache_len=160, **settings)
+    assert_same(
+        decode_logits(model, tokens(2, 130), 100, ours),
+        decode_logits(model, tokens(2, 130), 100, FakeQuantCache(model.config, **settings)),
+    )
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "gemma3_text", "llama"])
 def test_our_attention_is_eager_attention(family: str) -> None:
     """Without a quantized cache too, and in all three kinds of calls."""

@@ -24,6 +24,7 @@ from quantforge.dispatch.gradient import forward_only
 from quantforge.errors import UnsupportedError
 from quantforge.llm.observe import WatchedTensor
 from quantforge.llm.segments import SegmentedTensor, attend_pages, attend_rows, is_fused, show
+from quantforge.llm.static_view import StaticTensor, attend_static
 from quantforge.ops.merge import MAX_LOGITS, Partial, dense_attention, merge_partials
 
 NAME = "quantforge"
@@ -68,7 +69,8 @@ def quantforge_attention(
         UnsupportedError: for dropout on packed keys, caps or sinks.
     """
     capped = softcap is not None or s_aux is not None
-    if not isinstance(key, SegmentedTensor) and not capped:
+    packed = isinstance(key, SegmentedTensor | StaticTensor)
+    if not packed and not capped:
         if position_bias is not None:
             kwargs["position_bias"] = position_bias
         return sdpa_attention_forward(
@@ -83,10 +85,10 @@ def quantforge_attention(
     length = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and length > 1 and attention_mask is None
-    if causal and not isinstance(key, SegmentedTensor) and key.shape[2] > length:
+    if causal and not packed and key.shape[2] > length:
         key, value = key[:, :, :length], value[:, :, :length]  # a static cache, filled in part
     mask = attention_mask
-    if mask is None:
+    if mask is None and not isinstance(key, StaticTensor):  # which knows its lengths itself
         mask = _positions(query, key.shape[2], causal, sliding_window)
     if position_bias is not None:
         mask = _with_bias(mask, position_bias)
@@ -100,7 +102,7 @@ def quantforge_attention(
         out = merge_partials(parts) if len(parts) > 1 else parts[0][0]
         return out.to(q.dtype)
 
-    out = forward_only(run, query) if isinstance(key, SegmentedTensor) else run(query)
+    out = forward_only(run, query) if packed else run(query)
     show(query, key, scale)
     return out.transpose(1, 2).contiguous(), None
 
@@ -145,6 +147,8 @@ def _partials(
         if not softcap:
             return attend_rows(query, key, value, mask, scale)
         return [_by_rows(query, key.unseen(), value, mask, scale, softcap)]
+    if isinstance(key, StaticTensor) and isinstance(value, StaticTensor):
+        return attend_static(query, key, value, mask, scale, softcap)
     if isinstance(key, WatchedTensor):
         key = key.as_subclass(torch.Tensor)
     if not softcap and not (torch.is_grad_enabled() and query.requires_grad):

@@ -17,7 +17,7 @@ from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import InputError, UnsupportedError
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.decode_attention import op as decode_op
-from quantforge.ops.merge import dense_attention, merge_partials
+from quantforge.ops.merge import Partial, dense_attention, merge_partials
 
 FIELDS = ("dense", "packed", "scales", "statistics", "counts")
 Meta = tuple[str, int, int, bool, bool, int, bool]
@@ -201,8 +201,31 @@ def _attention(
         raise InputError(f"attn_mask must be (B, Hq, q, n); got {tuple(attn_mask.shape)}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = autocast(query)
-    attend = _over_pages if key.is_paged else _over_rows
-    return forward_only(lambda q: attend(q, key, value, attn_mask, scale), query)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        parts = attend_static(q, key, value, attn_mask, scale)
+        return (merge_partials(parts) if len(parts) > 1 else parts[0][0]).to(q.dtype)
+
+    return forward_only(attend, query)
+
+
+def attend_static(
+    query: torch.Tensor,
+    key: StaticTensor,
+    value: StaticTensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+) -> list[Partial]:
+    """Attend to the tokens held: partial results, to be merged if there are several."""
+    if key.is_paged:
+        return [_over_pages(query, key, value, mask, scale, softcap)]
+    if softcap:
+        raise UnsupportedError(
+            "soft-capped attention to a static cache reads pages; use "
+            'QuantForgeCache(..., layout="pages"), or a cache without max_cache_len'
+        )
+    return _over_rows(query, key, value, mask, scale)
 
 
 def _over_pages(
@@ -211,7 +234,8 @@ def _over_pages(
     value: StaticTensor,
     mask: torch.Tensor | None,
     scale: float,
-) -> torch.Tensor:
+    softcap: float,
+) -> Partial:
     if mask is not None and mask.dtype != torch.bool:
         raise UnsupportedError(
             f"a static cache with pages takes bool masks (True = attend); got {mask.dtype}; use "
@@ -221,7 +245,7 @@ def _over_pages(
     mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
     # a mask is complete; without one a query sees all tokens up to its own
     is_causal = mask is None and query.shape[2] > 1
-    return decode_op.decode_attention(
+    out, lse = decode_op.decode_attention(
         query,
         key.packed.flatten(0, 1),
         value.packed.flatten(0, 1),
@@ -229,9 +253,10 @@ def _over_pages(
         *(key.dense, value.dense, key.counts[1], key.dense.shape[2], key._meta[1]),
         *(mask, is_causal),
         *(key.shift, key.equalizer, value.shift, value.equalizer),
-        *(scale, 0.0, 0),
+        *(scale, softcap, 0),
         *(key._meta[0], value._meta[0]),
-    )[0]
+    )
+    return out, lse
 
 
 def _over_rows(
@@ -240,7 +265,7 @@ def _over_rows(
     value: StaticTensor,
     mask: torch.Tensor | None,
     scale: float,
-) -> torch.Tensor:
+) -> list[Partial]:
     n_sinks, device, length = key._meta[1], query.device, query.shape[2]
     n_packed, n_dense = key.counts[0, :, None], key.counts[1, :, None]  # (B, 1)
     packed = torch.arange(key.packed.shape[2], device=device)
@@ -270,4 +295,4 @@ def _over_rows(
     recent = dense_attention(
         query, key.dense.to(query.dtype), value.dense.to(query.dtype), masks[1], scale
     )
-    return merge_partials([recent, history]).to(query.dtype)
+    return [recent, history]
