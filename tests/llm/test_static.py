@@ -110,7 +110,7 @@ def test_a_compiled_step_is_the_eager_step(where: Where, backend: str) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_steps_in_one_graph() -> None:
-    model = random_model("llama", max_position_embeddings=2048)
+    model = random_model("llama", max_position_embeddings=2048, num_hidden_layers=1)
     where = Where(SETTINGS, model)
     forward, counter = compiled(model)
     cache = where.cache(1100)
