@@ -102,6 +102,37 @@ def test_our_attention_is_eager_attention(family: str) -> None:
     torch.testing.assert_close(logits[1], logits[0], atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_our_attention_trains_as_eager_does(family: str) -> None:
+    gradients = []
+    for name in ("eager", "quantforge"):
+        model = random_model(family, name, num_hidden_layers=2)
+        model(tokens(1, 20), labels=tokens(1, 20)).loss.backward()
+        attention = model.model.layers[0].self_attn
+        weights = [x.weight for x in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        gradients.append([w.grad for w in (*weights, getattr(attention, "sinks", weights[0]))])
+    for eager, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_our_attention_on_cuda(family: str, dtype: torch.dtype) -> None:
+    """Windows in pages, sinks and caps in the fused operator, a prompt through flash."""
+    changes = {"head_dim": 128} | ({"sliding_window": 96} if family == "mistral" else {})
+    ids, logits = tokens(2, 330).cuda(), []
+    for attention, make in (("quantforge", QuantForgeCache), ("eager", FakeQuantCache)):
+        model = random_model(family, attention, **changes).to("cuda", dtype)
+        cache = make(model.config, **CACHE)
+        logits.append(decode_logits(model, ids, 290, cache))
+        if make is QuantForgeCache:
+            kinds = {type(layer.keys.source).__name__ for layer in cache.layers}
+            assert kinds == {"PagedRows"}
+    divergence = (logits[1].exp() * (logits[1] - logits[0])).sum(-1)
+    assert divergence.median() < 2e-3
+
+
 @pytest.mark.parametrize("family", HYBRIDS)
 @pytest.mark.parametrize("attention", ["sdpa", "quantforge"])
 def test_hybrids_quantize_what_is_attention(family: str, attention: str) -> None:

@@ -4,7 +4,7 @@ A `QuantForgeCache` works with "sdpa" and "eager" too, whose calls it intercepts
 the interception, and does what "sdpa" cannot and "eager" does by writing out all logits: soft-caps
 (Gemma 2), attention sinks (gpt-oss), sliding windows.
 
-    no cache, a first prompt      torch SDPA; with caps or sinks a few query rows at a time
+    no cache, a first prompt      torch SDPA or flash; with caps or masks a few query rows at a time
     pages, few queries            one fused operator
     else                          packed and dense segments, merged by their log-sum-exp
 
@@ -25,7 +25,13 @@ from quantforge.errors import UnsupportedError
 from quantforge.llm.observe import WatchedTensor
 from quantforge.llm.segments import SegmentedTensor, attend_pages, attend_rows, is_fused, show
 from quantforge.llm.static_view import StaticTensor, attend_static
-from quantforge.ops.merge import MAX_LOGITS, Partial, dense_attention, merge_partials
+from quantforge.ops.merge import (
+    MAX_LOGITS,
+    Partial,
+    dense_attention,
+    fits_flash,
+    merge_partials,
+)
 
 NAME = "quantforge"
 
@@ -87,24 +93,47 @@ def quantforge_attention(
     causal = causal and length > 1 and attention_mask is None
     if causal and not packed and key.shape[2] > length:
         key, value = key[:, :, :length], value[:, :, :length]  # a static cache, filled in part
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    prompt = causal and not packed and key.shape[2] == length and position_bias is None
+    plain = not softcap and length <= (sliding_window or length)
+    flash = prompt and plain and fits_flash(query, key, value)
+    if flash and not _needs_gradient(query, key, value):
+        parts = [_causal_flash(query, key, value, scale)]
+        show(query, key, scale)
+        return _joined(parts, s_aux, query.dtype), None
     mask = attention_mask
     if mask is None and not isinstance(key, StaticTensor):  # which knows its lengths itself
         mask = _positions(query, key.shape[2], causal, sliding_window)
     if position_bias is not None:
         mask = _with_bias(mask, position_bias)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def run(q: torch.Tensor) -> torch.Tensor:
         parts = _partials(q, key, value, mask, scale, softcap or 0.0, sliding_window or 0)
-        if s_aux is not None:
-            lse = s_aux.float().view(1, -1, 1).expand_as(parts[0][1])
-            parts.append((torch.zeros((), device=q.device), lse))
-        out = merge_partials(parts) if len(parts) > 1 else parts[0][0]
-        return out.to(q.dtype)
+        return _joined(parts, s_aux, q.dtype)
 
     out = forward_only(run, query) if packed else run(query)
     show(query, key, scale)
-    return out.transpose(1, 2).contiguous(), None
+    return out, None
+
+
+def _joined(parts: list[Partial], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Merge partial results and sinks (Hq,) into (B, q, Hq, value dim)."""
+    if sinks is not None:
+        lse = sinks.float().view(1, -1, 1).expand_as(parts[0][1])
+        parts = [*parts, (torch.zeros((), device=lse.device), lse)]
+    out = merge_partials(parts) if len(parts) > 1 else parts[0][0]
+    return out.to(dtype).transpose(1, 2).contiguous()
+
+
+def _causal_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> Partial:
+    """Attend from a prompt to itself by torch's flash kernel, which tells the log-sum-exp."""
+    repeats = query.shape[1] // key.shape[1]
+    dense = (x.as_subclass(torch.Tensor).repeat_interleave(repeats, 1) for x in (key, value))
+    op = torch.ops.aten._scaled_dot_product_flash_attention.default
+    result = op(query.contiguous(), *dense, 0.0, True, scale=scale)
+    return result[0], result[1]
 
 
 def _positions(
@@ -151,9 +180,15 @@ def _partials(
         return attend_static(query, key, value, mask, scale, softcap)
     if isinstance(key, WatchedTensor):
         key = key.as_subclass(torch.Tensor)
-    if not softcap and not (torch.is_grad_enabled() and query.requires_grad):
+    if mask is None and not softcap and not _needs_gradient(query, key, value):
         return [dense_attention(query, key, value, mask, scale)]
-    return [_by_rows(query, key, value, mask, scale, softcap)]
+    # in float32: a matmul of half numbers would round the logits
+    return [_by_rows(query.float(), key.float(), value.float(), mask, scale, softcap)]
+
+
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Return whether a log-sum-exp is differentiated, which that of a flash kernel is not."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _by_rows(
