@@ -134,7 +134,8 @@ def merge_kernel(
     weights = tl.exp2(logits - anchor[:, None])
     mass = tl.sum(weights, 1)  # (ROWS,)
     packed_mass = tl.sum(tl.where((slot >= dense_slots)[None, :], weights, 0.0), 1)
-    inverse = tl.where(mass > 0, 1.0 / mass, 0.0)
+    mass = tl.where(mass > 0, mass, 1.0)  # nothing was visible: all weights are zero
+    inverse = 1.0 / mass
     packed = tl.zeros((ROWS, DV), tl.float32)
     dense = tl.zeros((ROWS, DV), tl.float32)
     for start in range(0, slots, CHUNK):

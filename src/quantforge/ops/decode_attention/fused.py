@@ -29,6 +29,7 @@ from quantforge.ops.decode_attention.tiles import (
     load_table,
     nothing,
     online,
+    page_at,
     scales,
     soft_cap,
     stack,
@@ -43,7 +44,8 @@ LENGTHS = [
     "n_sinks",
     "window",
     "dense_slots",
-    "units_per_split",
+    "dense_per_split",
+    "pages_per_split",
     "pages_per_row",
     "rows",
     "q_len",
@@ -55,8 +57,8 @@ LENGTHS = [
 def decode_kernel(
     projected, query_scale, shift_logits, query, k_pages, v_pages, k_table, v_table,
     page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, out, lse,
-    n_tokens, n_dense, n_sinks, window, dense_slots, units_per_split, pages_per_row, rows,
-    q_len, row_block, softcap, dense_scale,
+    n_tokens, n_dense, n_sinks, window, dense_slots, dense_per_split, pages_per_split,
+    pages_per_row, rows, q_len, row_block, softcap, dense_scale,
     query_b, query_h, query_q, kd_b, kd_h, kd_n, vd_b, vd_h, vd_n, mask_b, mask_h, mask_q,
     HKV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_E4M3: gl.constexpr, V_E4M3: gl.constexpr,
@@ -64,16 +66,14 @@ def decode_kernel(
     HAS_DENSE: gl.constexpr, PDL: gl.constexpr,
     K_PTX: gl.constexpr, K_OPERANDS: gl.constexpr, V_PTX: gl.constexpr, V_OPERANDS: gl.constexpr,
     LOAD: gl.constexpr, HALVE: gl.constexpr, K_PLANE1: gl.constexpr, V_PLANE1: gl.constexpr,
-    SCALES: gl.constexpr, VC: gl.constexpr, DENSE: gl.constexpr,
+    SCALES: gl.constexpr, VC: gl.constexpr,
 ):  # fmt: skip
     """Attend N query rows of one key head to one range of keys.
 
-    A row of the batch is a sequence of units: DENSE dense rows each, then pages. A program takes
-    `units_per_split` of them.
-
-    Grid: (groups of N rows, splits, B * Hkv). Writes normalized outputs (B * Hkv, slots, rows, DV)
-    and log2-sum-exps: the first `dense_slots` are what the first programs saw of dense rows, the
-    others what each saw of pages. Where nothing was visible only a log-sum-exp of -inf is written.
+    Grid: (groups of N rows, splits, B * Hkv). A program takes `pages_per_split` pages, and one of
+    the first `dense_slots` also `dense_per_split` dense rows. Writes normalized outputs (B * Hkv,
+    slots, rows, DV) and log2-sum-exps: `dense_slots` of dense rows, then one of pages for each
+    split. Where nothing was visible only a log-sum-exp of -inf is written.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
@@ -106,17 +106,15 @@ def decode_kernel(
         mask_row = mask + b.to(gl.int64) * mask_b + query_head * mask_h + row % q_len * mask_q
     kv_head = head % HKV
     slots = dense_slots + gl.num_programs(1)
-    unit = split * units_per_split  # first one of this program
-    dense_units = (n_dense + DENSE - 1) // DENSE
     if HAS_DENSE and split < dense_slots:
         m, mass, acc = dense_rows(
             query + b * query_b + kv_head * (rows // q_len) * query_h,
             k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
             v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
-            unit, gl.minimum(unit + units_per_split, dense_units),
-            n_dense, n_tokens, n_sinks, rows, q_len, last_seen, visible_from, mask_row,
+            split * dense_per_split, gl.minimum((split + 1) * dense_per_split, n_dense),
+            n_tokens, n_sinks, rows, q_len, last_seen, visible_from, mask_row,
             softcap, dense_scale, query_h, query_q, kd_n, vd_n, group,
-            D, DV, N, SOFTCAP, VC, MMA, DENSE,
+            D, DV, N, SOFTCAP, VC, MMA,
         )  # fmt: skip
         at = (head * slots + split).to(gl.int64) * rows + row
         write(out, lse, at, row < rows, m, mass, acc, DV, VC, ROW)
@@ -131,8 +129,8 @@ def decode_kernel(
     V_AT: gl.constexpr = T * DV * V_BITS // 8
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-    first = gl.maximum(unit - dense_units, 0)
-    last = gl.minimum(unit + units_per_split - dense_units, (n_tokens + T - 1) // T)
+    first = split * pages_per_split
+    last = gl.minimum(first + pages_per_split, (n_tokens + T - 1) // T)
     if start > n_sinks:  # pages that no row can see
         first = gl.maximum(first, (start - n_sinks) // T)
     if WINDOW:
@@ -183,18 +181,14 @@ def decode_kernel(
 
         K_BYTES: gl.constexpr = K_AT + 2 * T
         V_BYTES: gl.constexpr = V_AT + 2 * T
-        page = (b * pages_per_row + first).to(gl.int64)
-        if page_table is not None:
-            page = gl.load(page_table + page).to(gl.int64)
-        k_page = k_pages + (page * HKV + kv_head) * K_BYTES
-        v_page = v_pages + (page * HKV + kv_head) * V_BYTES
+        kv_pages = (page_table, b * pages_per_row, last - 1, HKV, kv_head)
         copy_page(
-            k_shared, k_shared1, k_scales, k_page, k_offsets, k_offsets1, s_offsets,
-            first < last, K_AT, K_BITS,
+            k_shared, k_shared1, k_scales, page_at(k_pages, first, kv_pages, K_BYTES),
+            k_offsets, k_offsets1, s_offsets, first < last, K_AT, K_BITS,
         )  # fmt: skip
         copy_page(
-            v_shared, v_shared1, v_scales, v_page, v_offsets, v_offsets1, s_offsets,
-            first < last, V_AT, V_BITS,
+            v_shared, v_shared1, v_scales, page_at(v_pages, first, kv_pages, V_BYTES),
+            v_offsets, v_offsets1, s_offsets, first < last, V_AT, V_BITS,
         )  # fmt: skip
         if PDL:  # pages do not depend on the launch before, the query does
             dependency(WAIT)
@@ -212,10 +206,6 @@ def decode_kernel(
             shifted = gl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
 
         for p in range(first, last):
-            more = p + 1 < last
-            page = (b * pages_per_row + gl.minimum(p + 1, last - 1)).to(gl.int64)
-            if page_table is not None:
-                page = gl.load(page_table + page).to(gl.int64)
             async_copy.wait_group(1)
             ks = scales(k_scales, T, VP, SCALES, ROW)
             s = ()
@@ -223,18 +213,9 @@ def decode_kernel(
                 tiles = ()
                 for h in gl.static_range(TP // 16):
                     k = decode(
-                        k_shared,
-                        k_shared1,
-                        i * TP + h * 16,
-                        k_codes,
-                        16,
-                        K_BITS,
-                        A,
-                        K_PLANE1,
-                        K_PTX,
-                        K_OPERANDS,
-                        HALVE,
-                    )
+                        k_shared, k_shared1, i * TP + h * 16, k_codes,
+                        16, K_BITS, A, K_PLANE1, K_PTX, K_OPERANDS, HALVE,
+                    )  # fmt: skip
                     x = gl.zeros((16, N), gl.float32, MMA)
                     for j in gl.static_range(KP):
                         x = mma_v2(k[j], q[j], x)
@@ -243,19 +224,10 @@ def decode_kernel(
                 if SOFTCAP:
                     x = soft_cap(x + shifted[None, :], softcap)
                 s = s + (x,)
-            k_page = k_pages + (page * HKV + kv_head) * K_BYTES
             copy_page(
-                k_shared,
-                k_shared1,
-                k_scales,
-                k_page,
-                k_offsets,
-                k_offsets1,
-                s_offsets,
-                more,
-                K_AT,
-                K_BITS,
-            )
+                k_shared, k_shared1, k_scales, page_at(k_pages, p + 1, kv_pages, K_BYTES),
+                k_offsets, k_offsets1, s_offsets, p + 1 < last, K_AT, K_BITS,
+            )  # fmt: skip
             # a page at the end of the row or of somebody's view
             hidden = (p + 1) * T > n_tokens
             if mask is not None:
@@ -291,36 +263,18 @@ def decode_kernel(
             new = ()
             for i in gl.static_range(DV // VC):
                 v = decode(
-                    v_shared,
-                    v_shared1,
-                    i * VC,
-                    v_codes,
-                    VC,
-                    V_BITS,
-                    A,
-                    V_PLANE1,
-                    V_PTX,
-                    V_OPERANDS,
-                    HALVE,
-                )
+                    v_shared, v_shared1, i * VC, v_codes,
+                    VC, V_BITS, A, V_PLANE1, V_PTX, V_OPERANDS, HALVE,
+                )  # fmt: skip
                 x = acc[i]
                 for j in gl.static_range(VP):
                     x = mma_v2(v[j], w[j], x)
                 new = new + (x,)
             acc = new
-            v_page = v_pages + (page * HKV + kv_head) * V_BYTES
             copy_page(
-                v_shared,
-                v_shared1,
-                v_scales,
-                v_page,
-                v_offsets,
-                v_offsets1,
-                s_offsets,
-                more,
-                V_AT,
-                V_BITS,
-            )
+                v_shared, v_shared1, v_scales, page_at(v_pages, p + 1, kv_pages, V_BYTES),
+                v_offsets, v_offsets1, s_offsets, p + 1 < last, V_AT, V_BITS,
+            )  # fmt: skip
         async_copy.wait_group(0)
     else:
         if PDL:

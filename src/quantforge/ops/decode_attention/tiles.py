@@ -150,6 +150,16 @@ def scales(stored, T: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr, R
 
 
 @gluon.jit
+def page_at(pages, p, row, BYTES: gl.constexpr):
+    """Return the address of page p of a row of the batch, or of its last one."""
+    page_table, first, last, HKV, kv_head = row
+    page = (first + gl.minimum(p, last)).to(gl.int64)
+    if page_table is not None:
+        page = gl.load(page_table + page).to(gl.int64)
+    return pages + (page * HKV + kv_head) * BYTES
+
+
+@gluon.jit
 def copy_page(
     plane0, plane1, scales, page, offsets0, offsets1, scale_offsets, mask,
     SCALES_AT: gl.constexpr, BITS: gl.constexpr,

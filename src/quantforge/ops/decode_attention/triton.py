@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -22,14 +23,14 @@ from quantforge.ops.pages import lookup_table
 from quantforge.spec import QuantSpec
 
 LOG2E = 1.4426950408889634
-DENSE_ROWS = 32
-"""Dense rows in a unit: as many bytes as two pages, and less to compute."""
-COLUMNS = 32
-"""Columns of a rotation that a program holds at a time."""
+TILE = 16
+"""Tokens in a tile of a tensor core."""
+COLUMNS = (32, 128)
+"""Columns of a rotation that a projecting program holds: few while programs are few."""
 MERGE_NUMBERS = 1 << 11
 """Numbers of partial results that a warp of a merging program holds at a time."""
 MERGE_WARPS = (4, 16)
-"""Least and most warps of a merging program: with enough of them all splits are read at once."""
+"""Least and most warps of a merging program: with enough of them all slots are read at once."""
 VALUE_CHANNELS = 32
 """Channels of values decoded at a time: bounds the registers in flight."""
 
@@ -42,22 +43,22 @@ class Tuning:
         max_registers: per thread for 8 query rows, or None for the compiler's choice; 16 rows need
             more than half of a thread's registers, and the compiler chooses.
         programs: per multiprocessor, for the number of splits.
-        units: least number in a split.
+        pages: least number in a split.
     """
 
     max_registers: int | None
     programs: int
-    units: int
+    pages: int
 
 
 # by key bits and e4m3; NVIDIA H200, triton 3.6.0, 2026-11-24: 8 x 32768 tokens, 8 KV heads, dim 128
 TUNING = {
-    (2, False): Tuning(None, 12, 8),
-    (2, True): Tuning(None, 14, 8),
-    (3, False): Tuning(None, 12, 8),
-    (3, True): Tuning(128, 16, 8),
-    (4, False): Tuning(128, 16, 8),
-    (4, True): Tuning(128, 16, 8),
+    (2, False): Tuning(128, 16, 2),
+    (2, True): Tuning(128, 16, 2),
+    (3, False): Tuning(128, 16, 2),
+    (3, True): Tuning(128, 16, 2),
+    (4, False): Tuning(128, 16, 4),
+    (4, True): Tuning(128, 16, 4),
 }
 
 
@@ -160,7 +161,6 @@ def plan_of(k_spec_key: str, v_spec_key: str, device: torch.device) -> Plan:
         "V_PLANE1": plane1(VALUE_CHANNELS),
         "SCALES": scales(layout.tokens),
         "VC": VALUE_CHANNELS,
-        "DENSE": DENSE_ROWS,
     }
     return Plan(
         layout,
@@ -198,19 +198,30 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _cut(
-    n_pages: int, dense_units: int, heads: int, tuning: Tuning, device: torch.device
-) -> tuple[int, int, int]:
-    """Return units of a split, splits of a row, and how many of them have dense rows.
+class Cut(NamedTuple):
+    """How the rows of a batch are shared by programs.
 
-    A row is its units of dense rows, then its pages; all programs fit on the GPU at once.
+    Attributes:
+        splits: programs for a group of query rows.
+        pages: of each of them.
+        dense: dense rows of each of the first `dense_slots`, a multiple of a tile.
+        dense_slots: how many of them have dense rows.
     """
-    units = dense_units + n_pages
-    most = max(tuning.programs * multiprocessors(device) // max(heads, 1), 1)
-    length = max(_ceil_div(units, most), tuning.units)
-    splits = _ceil_div(units, length)
-    length = max(_ceil_div(units, max(splits, 1)), 1)
-    return length, splits, _ceil_div(dense_units, length)
+
+    splits: int
+    pages: int
+    dense: int
+    dense_slots: int
+
+
+def _cut(n_pages: int, n_dense: int, groups: int, tuning: Tuning, device: torch.device) -> Cut:
+    """Cut rows into splits so that all programs fit on the GPU at once."""
+    most = max(tuning.programs * multiprocessors(device) // max(groups, 1), 1)
+    pages = max(_ceil_div(n_pages, most), tuning.pages)
+    splits = max(_ceil_div(n_pages, pages), min(_ceil_div(n_dense, 2 * TILE), most))
+    pages = _ceil_div(n_pages, max(splits, 1))
+    dense = _ceil_div(n_dense, max(splits, 1) * TILE) * TILE
+    return Cut(splits, pages, dense, _ceil_div(n_dense, max(dense, 1)))
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
@@ -278,27 +289,26 @@ def decode_attention(
     dense_rows = 0
     if k_dense is not None:
         dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
-    units_per_split, splits, dense_slots = _cut(
-        n_pages, _ceil_div(dense_rows, DENSE_ROWS), batch * kv_heads * groups, tuning, device
-    )
-    slots = dense_slots + splits
+    cut = _cut(n_pages, dense_rows, batch * kv_heads * groups, tuning, device)
+    slots = cut.dense_slots + cut.splits
 
     out = query.new_empty((batch, heads, q_len, v_dim := plan.rotations[1].shape[0]))
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if splits == 0:
+    if slots == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     padded = groups * width
     row_block = _ceil_div(padded, 16) * 16
     projected = query.new_empty((key_heads, row_block, dim), dtype=torch.float16)
     query_scale = lse.new_empty((key_heads, row_block // 16))
     shift_logits = lse.new_empty((key_heads, rows)) if k_shift is not None else None
-    project_kernel[(key_heads, dim // COLUMNS, row_block // 16)](
+    columns = min(COLUMNS[key_heads > 2 * multiprocessors(device)], dim)
+    project_kernel[(key_heads, dim // columns, row_block // 16)](
         query, plan.rotations[0], k_equalizer, k_shift, projected, query_scale, shift_logits,
         rows, q_len, scale, plan.units[0], *query.stride()[:3], *_strides(k_equalizer),
         *_strides(k_shift),
-        HKV=kv_heads, D=dim, ROWS=row_block, COLUMNS=COLUMNS,
+        HKV=kv_heads, D=dim, ROWS=row_block, COLUMNS=columns,
         PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     partial = lse.new_empty((key_heads, slots, rows, v_dim))
@@ -306,11 +316,11 @@ def decode_attention(
     dense_strides = (0,) * 6
     if k_dense is not None and v_dense is not None:
         dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
-    decode_kernel[(groups, splits, key_heads)](
+    decode_kernel[(groups, cut.splits, key_heads)](
         projected, query_scale, shift_logits if softcap else None, query, k_pages, v_pages,
         *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, partial,
         partial_lse, n_tokens, n_dense if k_dense is not None else 0, n_sinks, window,
-        dense_slots, units_per_split, pages_per_row, rows, q_len, row_block,
+        cut.dense_slots, cut.dense, cut.pages, pages_per_row, rows, q_len, row_block,
         softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *dense_strides,
         *_mask_strides(mask),
         HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0, CAUSAL=is_causal,
@@ -320,15 +330,15 @@ def decode_attention(
     block = min(_power_of_two(rows), 16)
     while block > 1 and key_heads * _ceil_div(rows, block) < 2 * multiprocessors(device):
         block //= 2
-    width = _power_of_two(slots)
+    splits = _power_of_two(slots)
     least, most = MERGE_WARPS
-    warps = min(max(width * block * v_dim // MERGE_NUMBERS, least), most)
+    warps = min(max(splits * block * v_dim // MERGE_NUMBERS, least), most)
     merge_kernel[(_ceil_div(rows, block), key_heads)](
         partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
-        v_shift, out, lse, slots, dense_slots, rows, plan.units[1],
+        v_shift, out, lse, slots, cut.dense_slots, rows, plan.units[1],
         *_strides(v_equalizer), *_strides(v_shift),
-        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=width,
-        CHUNK=max(min(warps * MERGE_NUMBERS // (block * v_dim), width), 1),
+        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=splits,
+        CHUNK=max(min(warps * MERGE_NUMBERS // (block * v_dim), splits), 1),
         PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
