@@ -11,6 +11,7 @@ from quantforge.llm import QuantForgeCache
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.observe import WatchedTensor
 from quantforge.llm.segments import SegmentedTensor
+from quantforge.llm.sliding import QuantForgeSlidingLayer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -143,6 +144,10 @@ class _DenseLayer(QuantForgeLayer):
         return tuple(_dense(t) for t in (keys, values))
 
 
+class _DenseSlidingLayer(_DenseLayer, QuantForgeSlidingLayer):
+    """Likewise, of a window."""
+
+
 def _dense(t: torch.Tensor) -> torch.Tensor:
     if not isinstance(t, SegmentedTensor):
         return t
@@ -155,3 +160,6 @@ class DenseReferenceCache(QuantForgeCache):
 
     def _new_layer(self, index: int) -> QuantForgeLayer:
         return _DenseLayer(self.overrides.get(index, self.options))
+
+    def _new_sliding_layer(self, index: int, window: int) -> QuantForgeSlidingLayer:
+        return _DenseSlidingLayer(self.overrides.get(index, self.options), window)

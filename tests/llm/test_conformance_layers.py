@@ -182,6 +182,8 @@ def test_reset_forgets_and_starts_anew(kind: Kind) -> None:
 )
 def test_offload_and_prefetch_lose_nothing(kind: Kind, device: str) -> None:
     ours = kind.ours()
+    ours.prefetch()  # a cache that offloads asks ahead of the first token
+    ours.offload()
     ours.update(*(x.to(device) for x in states_of(60, kind.heads)))
     before = [x.cpu() for x in content(ours)]
     ours.offload()

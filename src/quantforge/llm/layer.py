@@ -193,6 +193,7 @@ class QuantForgeLayer(CacheLayerMixin):
             block = self._block()
             self._keys.pack(self._queries.rms, block)
             self._values.pack(None, block)
+            self._values.slots = self._keys.slots  # one map for both
 
     def _block(self) -> tuple[torch.Tensor, list[int]] | None:
         """Return the tier of each token that is due, and how many each tier gets."""
@@ -228,8 +229,9 @@ class QuantForgeLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes allocated: codes, scales, shifts, equalizers, sinks and recent window."""
         stores = self._stores()
-        slots = {id(store.slots): store.slots for store in stores if store.slots is not None}
-        return sum(x.nbytes for x in (*stores, *slots.values()))
+        maps = [store.slots for store in stores if store.slots is not None]
+        shared = {slots.tiers.data_ptr(): slots for slots in maps}
+        return sum(x.nbytes for x in (*stores, *shared.values()))
 
     def _stores(self) -> tuple[Any, ...]:
         self._settle()
@@ -311,7 +313,8 @@ class QuantForgeLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Move everything back to the device of the keys."""
-        self._move(self.device)
+        if self.is_initialized:
+            self._move(self.device)
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to a device, and expect the next keys there."""
