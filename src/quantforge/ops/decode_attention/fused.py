@@ -1,4 +1,4 @@
-"""The fused kernel: one warp attends some query rows to a range of pages, or to the dense rows.
+"""The fused kernel: one warp attends some query rows to some dense rows and a range of pages.
 
     tokens on M, query rows on N         S = K q       mma.m16n8k16: 16 tokens, 8 rows, 16 channels
                                          O^T = V^T P   16 channels, 8 rows, 16 tokens
@@ -6,8 +6,8 @@
 Codes go global -> shared (`cp.async`) -> registers in operand layout (`ldmatrix`), where they are
 decoded in place; keys and values take turns, so each has half an iteration to arrive. One warp has
 no barriers to wait at, and its softmax needs three shuffles per page. What is counted, per code at
-4 bits (128 + 128 channels, 64 tokens, 8 rows; sm_90, `nvdisasm`): 2.2 instructions, 1.6 of them for
-the half-rate integer pipe; e4m3 2.0 and 1.4. Gluon rather than plain Triton, because the compiler
+4 bits (128 + 128 channels, 64 tokens, 8 rows; sm_90, `nvdisasm`): 2.2 instructions, 1.5 of them for
+the half-rate integer pipe; e4m3 2.0 and 1.3. Gluon rather than plain Triton, because the compiler
 otherwise moves the codes through shared memory once more after decoding.
 """
 

@@ -5,13 +5,13 @@
     e4m3     one table of bytes, `prmt`, then a conversion of two bytes at a time (exact)
     others   a table of low bytes and one of high bytes, two `prmt`, two more to interleave them
 
-Instructions for 8 codes (on Hopper `prmt`, `lop3`, right shifts and conversions share one pipe that
-takes a warp every second cycle; left shifts go to another):
+Instructions of the half-rate pipe for 8 codes (on Hopper `prmt`, `lop3`, right shifts and
+conversions take a warp every second cycle; left shifts and the step to a word's upper half do not):
 
              mask  shift  lookup  sign  interleave or convert    total
-    4 bits   1     1 + 1  2 / 4   2     4                        11 e4m3, 13
-    3 bits   2     1 + 1  2 / 4         4                        10 e4m3, 12
-    2 bits   1     1 + .5 2 / 4         4                        8.5 e4m3, 10.5
+    4 bits   1            2 / 4   2     4                        9 e4m3, 11
+    3 bits   2     1      2 / 4         4                        9 e4m3, 11
+    2 bits   1     .5     2 / 4         4                        7.5 e4m3, 9.5
 """
 
 from __future__ import annotations
