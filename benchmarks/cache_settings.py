@@ -31,6 +31,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"equalizer": False},
     {"codebook": "e4m3"},
     {"bits": (8, 4)},
+    {"bits": (4, 3)},
+    *({"bits": 2, "importance": tiers, "budget": 2.4} for tiers in ((3,), (4,), (8,), (4, 8))),
+    {"bits": 4, "importance": (8,), "budget": 4.3},
     *(
         {"bits": bits, "key_scale_rule": key, "value_scale_rule": value}
         for bits in (4, 2)

@@ -120,7 +120,14 @@ def test_packed_tokens_stay_within_the_budget(importance: Any, budget: float) ->
     used = sum(s.packed.numel() + 2 * s.scales.numel() for s in (*keys.sources, *values.sources))
     bits = 8 * (used + keys.places.nbytes) / (2 * heads * keys.n_packed * dim)
     assert budget - 0.02 < bits <= budget
-    assert layer.nbytes > used
+    dense = 2 * 4 * keys.dense.shape[2] * heads * dim
+    assert used + dense < layer.nbytes < 1.3 * (used + dense)  # buffers have room to grow
+    once = QuantForgeLayer(layer.options)
+    once.update(x.bfloat16(), x.bfloat16())
+    nbytes = once.nbytes
+    packed, buffered = once._keys.n_packed, once._keys.dense.shape[2]
+    bytes_per_number = (packed * budget + buffered * 16) / 8 / 3000
+    assert nbytes / (2 * heads * 3000 * dim) == pytest.approx(bytes_per_number, rel=0.01)
 
 
 # ---- attention ----------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ def cache_bytes(cache: Any) -> int:
     """Return the bytes that a cache has allocated; of transformers' own, those of its tensors."""
     if (nbytes := getattr(cache, "nbytes", None)) is not None:
         return nbytes
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    held = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    tensors = [t for t in held if isinstance(t, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

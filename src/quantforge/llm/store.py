@@ -92,8 +92,9 @@ class Store:
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        own = sum(t.numel() * t.element_size() for t in self._tensors().values())
-        return own + sum(tier.nbytes for tier in self.tiers)
+        stores = (self, *self.tiers)  # which share statistics
+        held = {id(t): t for store in stores for t in store._tensors().values()}
+        return sum(t.numel() * t.element_size() for t in held.values())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         names = ("dense", "packed", "scales", "shift", "equalizer")
