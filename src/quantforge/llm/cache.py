@@ -172,9 +172,12 @@ class QuantForgeCache(PromptCache, DynamicCache):
                 "use QuantForgeCache(config=model.config)"
             )
 
-    def to(self, device: torch.device | str) -> QuantForgeCache:
-        """Move all layers to a device, in place; return the cache."""
-        for layer in self.layers:
+    def to(self, device: torch.device | str | None) -> QuantForgeCache:
+        """Move all layers to a device, in place; return the cache.
+
+        None, which accelerate's hooks pass where a module has no device, leaves them.
+        """
+        for layer in self.layers if device is not None else ():
             if isinstance(layer, QuantForgeLayer):
                 layer.to(device)
             else:
