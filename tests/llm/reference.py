@@ -109,7 +109,7 @@ class FakeQuantLayer(CacheLayerMixin):
         return dequantize(*codes, spec, shift=shift, dtype=x.dtype)
 
     def crop(self, tokens_to_remove: int) -> None:
-        tokens = -tokens_to_remove
+        tokens = -int(tokens_to_remove)
         n = self.keys.shape[2] - tokens
         n_dense = self.keys.shape[2] - self.n_packed
         recent = n_dense - min(self.sinks, n_dense)

@@ -112,6 +112,17 @@ def test_a_number_of_tokens_to_keep_is_taken_where_theirs_takes_it(kind: Kind) -
 
 
 @each_kind
+def test_crop_takes_a_tensor(kind: Kind) -> None:
+    """As assisted decoding passes it before 5.20; no count of ours may become one."""
+    ours, theirs = both(kind, record=True)
+    for layer in (ours, theirs):
+        layer.crop(torch.tensor(-3))
+    assert type(ours.get_seq_length()) is int
+    step(kind, (ours, theirs), 30, 0)
+    assert ours.get_seq_length() == 87
+
+
+@each_kind
 def test_crop_before_the_first_token_does_nothing(kind: Kind) -> None:
     """A layer that uses the keys of another one is cropped without ever having been updated."""
     layer = kind.ours()

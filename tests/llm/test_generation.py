@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantforge import QuantForgeCache
+from quantforge.llm.layer import crop_takes_lengths
 from quantforge.llm.segments import SegmentedTensor
 from quantforge.llm.sliding import QuantForgeSlidingLayer
 from tests.llm.models import SETTINGS, random_model
@@ -88,6 +89,8 @@ def repetitive(length: int = PROMPT) -> torch.Tensor:
     return tokens(1, 12).repeat(1, length // 12)
 
 
+# transformers 5.17 copies a tensor in a way that torch warns of
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 @each_layout
 @pytest.mark.parametrize("helper", ["assistant", "lookup"])
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
@@ -114,6 +117,9 @@ def test_assisted_generation_takes_tokens_back(layout: Any, helper: str, sample:
     assert_packed(ours)
 
 
+@pytest.mark.skipif(
+    crop_takes_lengths(), reason="before 5.20 transformers' own sliding layer does not fit its mask"
+)
 def test_an_assistant_may_have_a_quantized_cache_too() -> None:
     """Which generate() makes itself once the assistant is patched."""
     from quantforge.llm import patch_model

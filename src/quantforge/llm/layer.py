@@ -282,6 +282,7 @@ class QuantForgeLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         seen = self.get_seq_length()
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding before 5.20 passes a tensor
         if tokens_to_remove > 0 and crop_takes_lengths():
             tokens_to_remove = min(tokens_to_remove - seen, 0)
         if tokens_to_remove > 0 or -tokens_to_remove > seen:
