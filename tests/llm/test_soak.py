@@ -19,6 +19,7 @@ from quantforge.llm.store import Store
 def test_memory_grows_by_the_packed_rows(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(soak, "WINDOW", 260)
     arguments = [f"--models={kind}", "--tokens=600", "--every=100", f"--output={tmp_path}"]
     soak.main([*arguments, "--untimed", f"--plot={tmp_path}"])
