@@ -177,7 +177,9 @@ class QuantForgeCache(PromptCache, DynamicCache):
 
         None, which accelerate's hooks pass where a module has no device, leaves them.
         """
-        for layer in self.layers if device is not None else ():
+        if device is None:
+            return self
+        for layer in self.layers:
             if isinstance(layer, QuantForgeLayer):
                 layer.to(device)
             else:
