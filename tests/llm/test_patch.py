@@ -395,9 +395,7 @@ class TestRefusals:
             patch_model(llama, bitz=4)
         assert state_of(llama) == state
 
-    @pytest.mark.parametrize(
-        "thing", [object(), torch.nn.Linear(2, 2)], ids=repr, ids=["object", "module"]
-    )
+    @pytest.mark.parametrize("thing", [object(), torch.nn.Linear(2, 2)], ids=["object", "module"])
     def test_no_model(self, thing: Any) -> None:
         with pytest.raises(InputError, match="not a transformers model with generate"):
             patch_model(thing)
