@@ -542,7 +542,7 @@ def test_extend_by_chunks(
     query = _query(2, 8, 640, dim, device=CUDA, dtype=dtype)
     grouped = query.reshape(2, 4, -1, dim)
     assert backend.extend.reason_against(grouped, 700, spec, spec) is None
-    monkeypatch.setattr(backend.extend, "CHUNK_BYTES", 0)  # the least chunk: 256 tokens
+    monkeypatch.setattr(backend.extend.flash, "longest_chunk", lambda *sizes: 256)
     _check(query, key, value, impl="triton", rounds_operands=True)
 
 

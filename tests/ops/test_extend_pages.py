@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dim 64": {"k": QuantSpec(64, 4), "v": QuantSpec(64, 4), "statistic": "shared"},
     "dim 256": {"k": QuantSpec(256, 4), "v": QuantSpec(256, 4)},
     "long": {"tokens": 5000, "batch": 1, "q_len": 300, "dense": 310},
+    "three lengths": {"tokens": 7000, "batch": 1, "q_len": 300, "dense": 310},
     "pages anywhere": {"paged": True, "statistic": "per_head"},
     "not causal": {"is_causal": False, "dense": 21},
     "nothing dense": {"dense": 0, "sinks": 0, "is_causal": False},
@@ -55,10 +56,25 @@ def test_chunks_of_any_number(
     chunks: int, calls: list[int], monkeypatch: pytest.MonkeyPatch, poison: None
 ) -> None:
     backend: Any = load_backend("decode_attention", "triton")
-    monkeypatch.setattr(backend.extend, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(backend.extend, "MIN_CHUNK", -(-1216 // (64 * chunks)) * 64)
+    longest = -(-1216 // (64 * chunks)) * 64
+    monkeypatch.setattr(backend.extend.flash, "longest_chunk", lambda *sizes: longest)
     check(Case(**{**MANY, "tokens": 1210, "statistic": "per_head"}), ("cuda", torch.bfloat16))
     assert calls
+
+
+def test_calls_on_two_streams_share_nothing(poison: None) -> None:
+    built = Built(Case(**MANY), "cuda", torch.bfloat16)
+    want, want_lse = built.run()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    found = []
+    for stream in streams * 4:
+        with torch.cuda.stream(stream):
+            found.append(built.run())
+    torch.cuda.synchronize()
+    for out, lse in found:
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
 
 
 @pytest.mark.parametrize("fields", [{"masked": True}, {"window": 70}, {"softcap": 5.0}])

@@ -4,9 +4,11 @@ The history is decoded a chunk at a time, in rotated space and into one buffer; 
 of all heads that share a key head are rows of one head, as no mask tells them apart. Chunks merge
 by their log-sum-exp (arXiv 2205.14135, section 3.1).
 
-    per chunk        decode_chunk -> cuDNN or flash -> merge_chunk, three launches
-    memory           CHUNK_BYTES, whatever the length of the history
-    traffic          codes once; a chunk is written to and read from L2
+    current stream   decode_chunk, decode_chunk, ...
+    second stream    cuDNN or flash, merge_chunk, cuDNN or flash, merge_chunk, ...
+
+    memory     two chunks, whatever the length of the history
+    traffic    codes once; a chunk is written and read once per 128 query rows, partly in L2
 """
 
 from __future__ import annotations
@@ -18,15 +20,13 @@ import triton
 
 from quantforge.ops import flash
 from quantforge.ops.kernels.chunk import decode_chunk, merge_chunk
+from quantforge.ops.lanes import Lanes
 from quantforge.ops.launch import capability, multiprocessors
 from quantforge.spec import QuantSpec
 
 if TYPE_CHECKING:
     from quantforge.ops.attention.triton import Operand
 
-CHUNK_BYTES = 32 << 20
-"""Decoded keys and values held at once: what stays in the L2 cache of an H100 (50 MiB)."""
-MIN_CHUNK = 256
 MAX_FLASH_DIM = 256
 MIN_ROWS = 129
 """Fewer query rows are better served by a kernel that splits the tokens over the GPU."""
@@ -53,12 +53,6 @@ def reason_against(query: torch.Tensor, n: int, k_spec: QuantSpec, v_spec: Quant
     return None
 
 
-def chunk_length(heads: int, dims: int, n: int) -> int:
-    """Return the tokens per chunk for so many heads (batch included) and numbers per token."""
-    tokens = CHUNK_BYTES // (2 * heads * dims) // DECODE_ROWS * DECODE_ROWS
-    return min(n, max(tokens, MIN_CHUNK))
-
-
 def attend_in_chunks(
     query: torch.Tensor, dtype: torch.dtype, key: Operand, value: Operand, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,19 +62,22 @@ def attend_in_chunks(
     """
     batch, heads, rows, dim = query.shape
     n = key.packed.shape[2]
-    length = chunk_length(batch * heads, 2 * dim, n)
-    chunk = query.new_empty((2, batch, heads, length, dim), dtype=dtype)
+    cut = flash.chunks(n, flash.longest_chunk(4 * dim * batch * heads, rows))
+    capacity = max(length for _, length in cut)
+    buffers = query.new_empty((min(len(cut), 2), 2, batch, heads, capacity, dim), dtype=dtype)
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, rows))
     operands = query.to(dtype)
     columns = triton.next_power_of_2(dim)
     merge_rows = MERGE_ELEMENTS // columns
-    for first in range(0, n, length):
-        here = min(length, n - first)
-        decode_chunk[(triton.cdiv(here, DECODE_ROWS), batch * heads, 2)](
-            *(key.packed, key.scales, key.table, chunk[0]),
-            *(value.packed, value.scales, value.table, chunk[1]),
-            *(first, here, length, heads),
+    lanes = Lanes(query.device, query.is_cuda and len(cut) > 1)
+    for step, (first, length) in enumerate(cut):
+        keys, values = buffers[step % 2]
+        lanes.wait(step - 2)  # the buffer's last reader
+        decode_chunk[(triton.cdiv(length, DECODE_ROWS), batch * heads, 2)](
+            *(key.packed, key.scales, key.table, keys),
+            *(value.packed, value.scales, value.table, values),
+            *(first, length, capacity, heads),
             *key.strides,
             *value.strides,
             K=key.codes,
@@ -90,8 +87,11 @@ def attend_in_chunks(
             ROWS=DECODE_ROWS,
             num_warps=4,
         )
-        keys, values = chunk[:, :, :, :here]
-        for index, (part, part_lse) in enumerate(flash.attend(operands, keys, values, scale)):
+        lanes.fork()
+        with lanes.second():
+            part, part_lse = flash.attend(
+                operands, keys[:, :, :length], values[:, :, :length], scale
+            )
             merge_chunk[(triton.cdiv(rows, merge_rows), batch * heads)](
                 *(out, lse, part, part_lse, rows, heads),
                 *part.stride()[:3],
@@ -99,7 +99,9 @@ def attend_in_chunks(
                 DIM=dim,
                 COLUMNS=columns,
                 ROWS=merge_rows,
-                IS_FIRST=first + index == 0,
+                IS_FIRST=step == 0,
                 num_warps=4,
             )
+        lanes.mark()
+    lanes.join()
     return out, lse

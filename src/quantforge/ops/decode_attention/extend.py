@@ -4,13 +4,17 @@ The history is decoded a chunk at a time in rotated space, the rotated query row
 attend to it without a mask, and the dense tokens (sinks, recent, the queries' own) are one causal
 call beside it. All merge by their log-sum-exp (arXiv 2205.14135, section 3.1).
 
-    rotate_queries -> (decode_pages -> cuDNN or flash) per chunk -> flash, causal -> merge_extended
+    current stream   decode_pages, decode_pages, ... flash, causal ......... merge_extended
+    second stream    rotate_queries, cuDNN or flash, cuDNN or flash, ...
 
-    memory     CHUNK_BYTES and one output per chunk, merged pairwise: no more with a longer history
-    traffic    codes once; a chunk is written and read once per 128 query rows, mostly in L2
+    memory     two chunks and one output per chunk, merged pairwise: no more with a longer history
+    traffic    codes once; a chunk is written and read once per 128 query rows, partly in L2
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,20 +23,22 @@ from quantforge.ops import constants, flash
 from quantforge.ops.decode_attention.lookup import lookup
 from quantforge.ops.kernels.chunk import merge_chunk
 from quantforge.ops.kernels.page_chunk import decode_pages, merge_extended, rotate_queries
+from quantforge.ops.lanes import Lanes
 from quantforge.ops.launch import INTERPRET, capability, multiprocessors
 from quantforge.ops.merge import Partial
 from quantforge.ops.pages import lookup_table
 from quantforge.spec import QuantSpec
 
-CHUNK_BYTES = 64 << 20
-"""Decoded keys and values held at once."""
 FLASH_ROWS = 128
 """Query rows of one program of the dense kernels."""
 MIN_ROWS = 129
 """Fewer query rows of a key head are better served by the kernel that splits the tokens."""
 PAD_ROWS = 256
 """Query rows come in multiples: cuDNN builds a plan for each number."""
-MIN_CHUNK = 256
+OVERLAP = True
+"""Decode a chunk while the one before is attended to."""
+DENSE_FIRST = False
+"""Attend to the dense tokens beside the first decoding, not beside the last chunk."""
 EDGE_ROWS = 64
 EDGE_COLUMNS = 32
 
@@ -68,10 +74,39 @@ def reason_against(
     return None
 
 
-def chunk_pages(key_heads: int, dim: int, tokens: int) -> int:
-    """Return the pages of `tokens` tokens in a chunk for so many key heads, batch included."""
-    fitting = CHUNK_BYTES // (4 * dim * key_heads * tokens)
-    return max(fitting, MIN_CHUNK // tokens)
+class _Plan(NamedTuple):
+    """What the codes decide about the launches.
+
+    Attributes:
+        tokens: in a page.
+        tables: of the lookups of keys and values.
+        constants: compile-time arguments of `decode_pages`.
+        rotations: of keys and values, each a matrix of terms and its unit.
+    """
+
+    tokens: int
+    tables: tuple[torch.Tensor, torch.Tensor]
+    constants: dict[str, object]
+    rotations: tuple[tuple[torch.Tensor, float], tuple[torch.Tensor, float]]
+
+
+@lru_cache(maxsize=64)
+def _plan(k_spec_key: str, v_spec_key: str, device: torch.device) -> _Plan:
+    k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
+    tokens = page_layout(k_spec, v_spec).tokens
+    k_ptx, k_operands = lookup(k_spec.bits, k_spec.codebook == "e4m3")
+    v_ptx, v_operands = lookup(v_spec.bits, v_spec.codebook == "e4m3")
+    table = _entries if INTERPRET else lookup_table
+    constants = {
+        "D": k_spec.dim, "T": tokens, "K_BITS": k_spec.bits, "V_BITS": v_spec.bits,
+        "K_PTX": k_ptx, "K_OPERANDS": k_operands, "V_PTX": v_ptx, "V_OPERANDS": v_operands,
+    }  # fmt: skip
+    return _Plan(
+        tokens,
+        (table(k_spec, device), table(v_spec, device)),
+        constants,
+        (_rotation(k_spec, device), _rotation(v_spec, device)),
+    )
 
 
 def extend_attention(
@@ -96,50 +131,57 @@ def extend_attention(
 
     Returns output (B, Hq, q, dim) in the query's dtype and log-sum-exp (B, Hq, q) in float32.
     """
-    k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
+    plan = _plan(k_spec_key, v_spec_key, query.device)
     batch, heads, q_len, dim = query.shape
-    kv_heads, device = k_pages.shape[1], query.device
+    kv_heads, device, tokens = k_pages.shape[1], query.device, plan.tokens
     rows = heads // kv_heads * q_len
     padded = -(-rows // PAD_ROWS) * PAD_ROWS
     rotated = query.new_empty((batch, kv_heads, padded, dim))
     offsets = None
     if k_shift is not None:
         offsets = query.new_empty((batch, kv_heads, rows), dtype=torch.float32)
-    matrix, unit = _rotation(k_spec, device)
-    rotate_queries[(padded // EDGE_ROWS, batch * kv_heads)](
-        query, matrix, k_equalizer, k_shift, rotated, offsets,
-        rows, q_len, padded, float(scale), unit, *query.stride()[:3],
-        *_strides(k_equalizer), *_strides(k_shift),
-        HKV=kv_heads, D=dim, TERMS=len(matrix), ROWS=EDGE_ROWS, COLUMNS=EDGE_COLUMNS, num_warps=4,
-    )  # fmt: skip
-    dense: Partial | None = None
-    if k_dense is not None and v_dense is not None and n_dense > 0:
+    cut = flash.chunks(n_tokens, flash.longest_chunk(4 * dim * batch * kv_heads, rows))
+    capacity = -(-max(length for _, length in cut) // tokens) * tokens
+    buffers = query.new_empty((min(len(cut), 2), 2, batch, kv_heads, capacity, dim))
+    has_dense = k_dense is not None and n_dense > 0
+    lanes = Lanes(device, OVERLAP and query.is_cuda and (has_dense or len(cut) > 1))
+
+    def attend_densely() -> Partial | None:
+        if k_dense is None or v_dense is None or not has_dense:
+            return None
         recent = (k_dense[:, :, :n_dense], v_dense[:, :, :n_dense])
-        dense = flash.flash(query, *recent, scale, is_causal)
-    history = _History(rows)
-    layout = page_layout(k_spec, v_spec)
-    tokens = layout.tokens
-    pages = -(-n_tokens // tokens)
-    step = min(chunk_pages(batch * kv_heads, dim, tokens), pages)
-    chunk = query.new_empty((2, batch, kv_heads, step * tokens, dim))
-    tables = lookup_table(k_spec, device), lookup_table(v_spec, device)
-    k_ptx, k_operands = lookup(k_spec.bits, k_spec.codebook == "e4m3")
-    v_ptx, v_operands = lookup(v_spec.bits, v_spec.codebook == "e4m3")
-    if INTERPRET:
-        tables = _entries(k_spec, device), _entries(v_spec, device)
-    pages_per_row = len(k_pages) // batch if page_table is None else page_table.shape[1]
-    for first in range(0, pages, step):
-        here = min(step, pages - first)
-        decode_pages[(here, batch * kv_heads, 2)](
-            k_pages, v_pages, *tables, page_table, chunk[0], chunk[1], first, pages_per_row,
-            step * tokens,
-            HKV=kv_heads, D=dim, T=tokens, K_BITS=k_spec.bits, V_BITS=v_spec.bits,
-            K_PTX=k_ptx, K_OPERANDS=k_operands, V_PTX=v_ptx, V_OPERANDS=v_operands, num_warps=4,
+        return flash.flash(query, *recent, scale, is_causal)
+
+    matrix, unit = plan.rotations[0]
+    dense: Partial | None = None
+    with lanes.second():
+        rotate_queries[(padded // EDGE_ROWS, batch * kv_heads)](
+            query, matrix, k_equalizer, k_shift, rotated, offsets,
+            rows, q_len, padded, float(scale), unit, *query.stride()[:3],
+            *_strides(k_equalizer), *_strides(k_shift),
+            HKV=kv_heads, D=dim, TERMS=len(matrix), ROWS=EDGE_ROWS, COLUMNS=EDGE_COLUMNS,
+            num_warps=4,
         )  # fmt: skip
-        n = min(here * tokens, n_tokens - first * tokens)
-        for part in flash.attend(rotated, chunk[0, :, :, :n], chunk[1, :, :, :n], scale):
-            history.add(part)
-    return _merge(query, history, dense, offsets, v_spec, v_equalizer, v_shift, kv_heads)
+        if DENSE_FIRST:
+            dense = attend_densely()
+    history = _History(rows)
+    pages_per_row = len(k_pages) // batch if page_table is None else page_table.shape[1]
+    for step, (first, length) in enumerate(cut):
+        keys, values = buffers[step % 2]
+        lanes.wait(step - 2)  # the buffer's last reader
+        decode_pages[(-(-length // tokens), batch * kv_heads, 2)](
+            k_pages, v_pages, *plan.tables, page_table, keys, values, first // tokens,
+            pages_per_row, capacity,
+            HKV=kv_heads, **plan.constants, num_warps=4,
+        )  # fmt: skip
+        lanes.fork()
+        with lanes.second():
+            history.add(flash.attend(rotated, keys[:, :, :length], values[:, :, :length], scale))
+        lanes.mark()
+    if not DENSE_FIRST:
+        dense = attend_densely()
+    lanes.join()
+    return _merge(query, history, dense, offsets, plan, v_equalizer, v_shift, kv_heads)
 
 
 class _History:
@@ -183,7 +225,7 @@ def _merge(
     history: _History,
     dense: Partial | None,
     offsets: torch.Tensor | None,
-    v_spec: QuantSpec,
+    plan: _Plan,
     equalizer: torch.Tensor | None,
     shift: torch.Tensor | None,
     kv_heads: int,
@@ -197,7 +239,7 @@ def _merge(
     for part in (history.first, history.last, dense):
         parts += [None, None] if part is None else [*part]
         strides += [0] * 6 if part is None else [*part[0].stride()[:3], *part[1].stride()]
-    matrix, unit = _rotation(v_spec, query.device)
+    matrix, unit = plan.rotations[1]
     merge_extended[(-(-rows // EDGE_ROWS), batch * kv_heads)](
         *parts, offsets, matrix, equalizer, shift, out, lse, rows, q_len, unit,
         *strides, *_strides(equalizer), *_strides(shift),
