@@ -216,6 +216,15 @@ def _spread_half(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constex
 
 
 @triton.jit
+def _in_order(x, WARPS: tl.constexpr):
+    """Return x (ROWS, columns) with the rows of its places (`_physical`) in order."""
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, (ROWS // (16 * WARPS), WARPS, 2, 8, COLUMNS))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3, 4)), (ROWS, COLUMNS))
+
+
+@triton.jit
 def gather(row, base, live, channel, table, part: tl.constexpr, PLANES: tl.constexpr,
             WIDTH: tl.constexpr):  # fmt: skip
     """Return the centroids of one code per byte of the base plane."""
@@ -240,6 +249,43 @@ def _best_of_classes(scores, PERMUTE: tl.constexpr, WARPS: tl.constexpr):
     else:
         best = tl.max(tl.reshape(scores, (ROWS // (8 * WARPS), WARPS, 8, QUERIES)), 0)
     return tl.reshape(best, (8 * WARPS, QUERIES))
+
+
+@triton.jit
+def _product(
+    packed, stride_p, loaded, n, columns, table, registers, ask, asked,
+    BITS: tl.constexpr, DIM: tl.constexpr, STRIDE: tl.constexpr, OFFSET: tl.constexpr,
+    PADDED: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ALIGNMENT: tl.constexpr,
+    PERMUTE: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, PLANES: tl.constexpr,
+    PRECISION: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Return sums of products of rows with queries, (ROWS, QUERIES), in places of `_physical`."""
+    ROWS: tl.constexpr = loaded.shape[0]
+    live = (loaded < n)[:, None]
+    row = packed + loaded[:, None] * stride_p * ALIGNMENT
+    total = tl.zeros((ROWS, asked.shape[1]), tl.float32)
+    for start in tl.range(0, PADDED, TILE, num_stages=STAGES):
+        if PERMUTE:
+            inputs = _load_bytes(row + columns, live, start, columns, BITS, STRIDE, OFFSET)
+            values = tl.inline_asm_elementwise(
+                ASM, CONSTRAINTS, inputs + registers, (tl.float16,) * PARTS, True, 4
+            )
+        else:
+            inside = live & (start + columns < STRIDE)
+            base = tl.load(row + start + columns, mask=inside, other=0).to(tl.int32)
+        for part in tl.static_range(PARTS):
+            operand = tl.load(ask + start + part * PADDED, mask=asked, other=0.0)
+            if PERMUTE:
+                value = _spread_half(values[part], ROWS, TILE, WARPS)
+            else:
+                channel = start + columns + part * STRIDE
+                value = gather(
+                    row, base, inside & (channel < DIM), channel, table, part, PLANES,
+                    PLANES[0][0],
+                )  # fmt: skip
+                value = value.to(operand.dtype)
+            total = tl.dot(value, operand, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -276,55 +322,44 @@ def matrix_products(
     PER_CLASS: tl.constexpr = ROWS // CLASSES
     loaded = tl.arange(0, ROWS)
     place = loaded
+    registers = ()
     if PERMUTE:
         place = _physical(place, WARPS)
         registers = _load_table(table, 4)
     size = PER_CLASS * tiles
     start_row = group * CLASSES * size
-    loaded = start_row + loaded % CLASSES * size + loaded // CLASSES
-    place = start_row + place % CLASSES * size + place // CLASSES
-    best = tl.full((CLASSES, QUERIES), float("-inf"), tl.float32)
-    for tile in tl.range(0, tiles, num_stages=1):
-        rows = loaded + tile * PER_CLASS
-        live = (rows < n)[:, None]
-        row = packed + rows[:, None] * stride_p * ALIGNMENT
-        total = tl.zeros((ROWS, QUERIES), tl.float32)
-        for start in tl.range(0, PADDED, TILE, num_stages=STAGES):
-            if PERMUTE:
-                inputs = _load_bytes(row + columns, live, start, columns, BITS, STRIDE, OFFSET)
-                values = tl.inline_asm_elementwise(
-                    ASM, CONSTRAINTS, inputs + registers, (tl.float16,) * PARTS, True, 4
-                )
-            else:
-                inside = live & (start + columns < STRIDE)
-                base = tl.load(row + start + columns, mask=inside, other=0).to(tl.int32)
-            for part in tl.static_range(PARTS):
-                operand = tl.load(ask + start + part * PADDED, mask=asked, other=0.0)
-                if PERMUTE:
-                    value = _spread_half(values[part], ROWS, TILE, WARPS)
-                else:
-                    channel = start + columns + part * STRIDE
-                    value = gather(
-                        row, base, inside & (channel < DIM), channel, table, part, PLANES,
-                        PLANES[0][0],
-                    )  # fmt: skip
-                    value = value.to(operand.dtype)
-                total = tl.dot(value, operand, total, input_precision=PRECISION)
-        rows = place + tile * PER_CLASS
-        scale = tl.load(scales + rows * stride_s, mask=rows < n, other=0.0).to(tl.float32)
-        if SCAN:
+    if SCAN:
+        loaded = start_row + loaded % CLASSES * size + loaded // CLASSES
+        place = start_row + place % CLASSES * size + place // CLASSES
+        best = tl.full((CLASSES, QUERIES), float("-inf"), tl.float32)
+        for tile in tl.range(0, tiles, num_stages=1):
+            total = _product(
+                packed, stride_p, loaded + tile * PER_CLASS, n, columns, table, registers, ask,
+                asked, BITS, DIM, STRIDE, OFFSET, PADDED, PARTS, TILE, ALIGNMENT, PERMUTE, ASM,
+                CONSTRAINTS, PLANES, PRECISION, WARPS, STAGES,
+            )  # fmt: skip
+            rows = place + tile * PER_CLASS
+            scale = tl.load(scales + rows * stride_s, mask=rows < n, other=0.0).to(tl.float32)
             scale = tl.where(allowed_rows(bitmap, rows, n, BITMAP), scale, float("nan"))
             best = tl.maximum(best, _best_of_classes(total * scale[:, None], PERMUTE, WARPS))
-        else:
-            total = total * scale[:, None] * weight[None, :]
-            if OFFSETS:
-                total += tl.load(offsets + line, mask=query < q, other=0.0)[None, :]
-            mask = (rows < n)[:, None] & asked
-            target = out + line[None, :] * n + rows[:, None]
-            tl.store(target, total.to(out.dtype.element_ty), mask=mask)
-    if SCAN:
         groups = tl.num_programs(0) // query_tiles * CLASSES
         best = best * weight[None, :]  # weights are >= 0, or NaN for a query that has no scores
         best = tl.where(best == best, best, float("-inf"))
         target = out + line[None, :] * groups + group * CLASSES + tl.arange(0, CLASSES)[:, None]
         tl.store(target, best, mask=asked)
+    else:
+        rows, place = start_row + loaded, start_row + place
+        total = _product(
+            packed, stride_p, rows, n, columns, table, registers, ask, asked,
+            BITS, DIM, STRIDE, OFFSET, PADDED, PARTS, TILE, ALIGNMENT, PERMUTE, ASM, CONSTRAINTS,
+            PLANES, PRECISION, WARPS, STAGES,
+        )  # fmt: skip
+        scale = tl.load(scales + place * stride_s, mask=place < n, other=0.0).to(tl.float32)
+        total = total * scale[:, None] * weight[None, :]
+        if OFFSETS:
+            total += tl.load(offsets + line, mask=query < q, other=0.0)[None, :]
+        total = total.to(out.dtype.element_ty)
+        if PERMUTE:  # neighbouring rows are stored at once
+            total = _in_order(total, WARPS)
+        target = out + line[None, :] * n + rows[:, None]
+        tl.store(target, total, mask=(rows < n)[:, None] & asked)
