@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,13 @@ CACHES: dict[str, dict[str, Any]] = {
     "2 bits, 4 for important tokens": {"bits": 2, "importance": (4,), "budget": 2.4},
     "2 bits, 4 and 8 for important tokens": {"bits": 2, "importance": (4, 8), "budget": 2.4},
     **{f'preset "{name}"': {"preset": name} for name in ("quality", "balanced", "small")},
+}
+
+
+VERSIONS: dict[str, Callable[[Any, int], Any]] = {
+    "as trained": lambda model, pairs: model,
+    "outlier channels": lambda model, pairs: with_outlier_channels(model),
+    "key bias": lambda model, pairs: with_key_bias(model, pairs=pairs),
 }
 
 
@@ -124,6 +131,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--texts", type=int, default=len(TEXTS))
+    parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--bias-pairs", type=int, default=1, help="RoPE pairs with a key bias")
     parser.add_argument("--device", default="cpu")
@@ -142,16 +150,12 @@ def main() -> None:
     }
     ids = held_out_tokens(tokenizer, args.prompt + args.decode)[: args.texts].to(model.device)
     needles = needles_of(tokenizer, args.prompt)
-    versions = {
-        "as trained": lambda: model,
-        "outlier channels": lambda: with_outlier_channels(model),
-        "key bias": lambda: with_key_bias(model, pairs=args.bias_pairs),
-    }
     caches = {name: CACHES[name] for name in args.caches}
     rows = []
-    for version, make in versions.items():
+    for version in args.versions:
         print(version, flush=True)
-        measured = measure(make(), tokenizer, ids, needles, args.prompt, caches)
+        changed = VERSIONS[version](model, args.bias_pairs)
+        measured = measure(changed, tokenizer, ids, needles, args.prompt, caches)
         rows += [settings | {"model": version} | row for row in measured]
         name = args.name or f"kv_fidelity_{args.model.name}"
         print(save(name, args.device, rows, commit=args.commit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,17 +68,35 @@ def needle_prompts(tokenizer: Any, text: str, tokens: int) -> list[Needle]:
 def recall(
     model: Any, tokenizer: Any, needles: Sequence[Needle], make_cache: Callable[[], Any]
 ) -> dict[float, bool]:
-    """Return for each depth whether greedy decoding with a new cache completes the code."""
+    """Return for each depth whether greedy decoding completes the code.
+
+    The text is read once, into a new cache; each question continues a copy of it. So a quantized
+    cache has packed the text before it knows the question, and answers from codes alone.
+    """
+    if not needles:
+        return {}
+    prompts = [needle.input_ids.to(model.device) for needle in needles]
+    shared = _shared_tokens(prompts)
+    text = make_cache()
+    if shared:
+        with torch.no_grad():
+            model(prompts[0][:, :shared], past_key_values=text, logits_to_keep=1)
     found = {}
-    for needle in needles:
-        ids = needle.input_ids.to(model.device)
+    for needle, ids in zip(needles, prompts, strict=True):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=MAX_ANSWER,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-            past_key_values=make_cache(),
+            past_key_values=copy.deepcopy(text),
         )
         found[needle.depth] = needle.code in tokenizer.decode(out[0, ids.shape[1] :])
     return found
+
+
+def _shared_tokens(prompts: Sequence[torch.Tensor]) -> int:
+    """Return how many first tokens all prompts (1, n) have in common, short of the last ones."""
+    length = min(ids.shape[1] for ids in prompts) - 1
+    first = torch.stack([ids[0, :length] for ids in prompts])
+    return int((first == first[0]).all(0).cumprod(0).sum())
