@@ -68,8 +68,8 @@ class WholeTuning:
     stages: int
 
 
-# NVIDIA H200, triton 3.6.0, 2026-11-24: search of one query in 10M x 768 at 4 bits: 1064, 1027, 1024
-# and 1025 us with 16 rows and 1-4 stages, 1010 with 32 rows and 2 stages; reading alone takes 848.
+# NVIDIA H200, triton 3.6.0, 2026-11-24: search of one query in 10M x 768 at 4 bits: 1064, 1027,
+# 1024 and 1025 us with 16 rows and 1-4 stages, 1010 with 32 rows and 2 stages; reading takes 848.
 # Three digits are untuned; compiled for sm_90: no spills
 WHOLE = (
     WholeTuning(digits=1, rows=32, stages=2),
