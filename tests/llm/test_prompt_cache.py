@@ -90,7 +90,7 @@ def memory_of(*caches: QuantForgeCache) -> int:
     for cache in caches:
         for layer in cache.layers:
             for store in layer._stores():
-                for t in store._tensors().values():
+                for t in store.tensors():
                     storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -303,87 +303,6 @@ class TestModel:
     def test_needs_weights(self, llama: Any) -> None:
         with pytest.raises(InputError, match="offloaded"):
             fingerprint(copy.deepcopy(llama).to("meta"))
-
-
-class TestFork:
-    """Continuations of one prompt."""
-
-    @pytest.mark.parametrize("settings", CACHES.values(), ids=CACHES)
-    @pytest.mark.parametrize("fork", [QuantForgeCache.fork, copy.deepcopy], ids=["fork", "copy"])
-    def test_continue_on_their_own(
-        self, llama: Any, settings: dict[str, Any], fork: Callable
-    ) -> None:
-        cache, expected = filled(llama, **settings), filled(llama, **settings)
-        one, two = fork(cache), fork(cache)
-        with torch.no_grad():
-            llama(IDS[:, :30], past_key_values=one)
-        answer = continued(llama, expected)
-        assert torch.equal(continued(llama, two), answer)
-        assert torch.equal(continued(llama, fork(cache)), answer)
-        assert torch.equal(continued(llama, cache), answer)
-
-    def test_crop_and_batches(self, llama: Any) -> None:
-        cache = filled(llama)
-        before = [t.clone() for t in rows_of(cache)]
-        one = cache.fork()
-        one.crop(-40)
-        continued(llama, one)
-        two = cache.fork()
-        two.reorder_cache(torch.tensor([1, 1]))
-        continued(llama, two)
-        assert all(torch.equal(a, b) for a, b in zip(rows_of(cache), before, strict=True))
-
-    @pytest.mark.parametrize("layout", ["rows", "pages"])
-    def test_pages(self, layout: Any) -> None:
-        """A page that is not full is written again: not the shared one."""
-        x = torch.randn(1, 2, 400, 128, generator=torch.Generator().manual_seed(0)).half()
-        cache = QuantForgeCache(layout=layout, page_size=8, window=8, sinks=0)
-        cache.update(x[:, :, :300], x[:, :, :300], 0)
-        kept = cache.layers[0].keys.dequantize()
-        for part in (x, -x):
-            fork = cache.fork()
-            fork.update(part[:, :, :100], part[:, :, :100], 0)
-            assert torch.equal(cache.layers[0].keys.dequantize(), kept)
-
-    def test_share_their_packed_rows(self) -> None:
-        x = torch.randn(1, 4, 16 + 128 + 123 * 64, 64)  # sinks, window and whole pages
-        cache = QuantForgeCache()
-        cache.update(x, x, 0)
-        alone, packed = memory_of(cache), cache.layers[0]._keys.packed.nbytes
-        forks = [cache.fork() for _ in range(10)]
-        for fork in forks:
-            fork.update(x[:, :, :60], x[:, :, :60], 0)
-            fork.update(x[:, :, :1], x[:, :, :1], 0)
-        together = memory_of(cache, *forks)
-        windows = sum(store.dense.nbytes for fork in forks for store in fork.layers[0]._stores())
-        statistics = sum(
-            t.nbytes
-            for fork in forks
-            for store in fork.layers[0]._stores()
-            for t in (store.shift, store.equalizer)
-        )
-        assert together == alone + windows + statistics
-        assert windows / len(forks) < 0.25 * 2 * packed
-        # the next page is one's own
-        forks[0].update(x[:, :, :64], x[:, :, :64], 0)
-        assert memory_of(cache, *forks) > together + 2 * packed
-        assert memory_of(cache, *forks[1:]) < together
-
-    def test_static_layers_are_copied(self, llama: Any) -> None:
-        cache = filled(llama, max_cache_len=200)
-        expected = continued(llama, cache.fork())
-        one = cache.fork()
-        with torch.no_grad():
-            llama(IDS[:, :60], past_key_values=one)
-        assert torch.equal(continued(llama, cache.fork()), expected)
-        with torch.no_grad():
-            llama(IDS[:, :60], past_key_values=cache)
-        assert torch.equal(continued(llama, cache), continued(llama, one))
-
-    def test_in_inference_mode(self, llama: Any) -> None:
-        with torch.inference_mode():
-            fork = filled(llama).fork()
-        continued(llama, fork)
 
 
 # ---- files that are refused -------------------------------------------------------------------

@@ -172,7 +172,7 @@ def _partials(
         if is_fused(query, key, value, mask):
             # several queries may see both ways, as the tokens of an image do
             window = window if query.shape[2] == 1 else 0
-            return [attend_pages(query, key, value, mask, scale, softcap, window)]
+            return attend_pages(query, key, value, mask, scale, softcap, window)
         if not softcap:
             return attend_rows(query, key, value, mask, scale)
         return [_by_rows(query, key.unseen(), value, mask, scale, softcap)]

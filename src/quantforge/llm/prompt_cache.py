@@ -71,15 +71,15 @@ class PromptCache:
     def fork(self) -> Self:
         """Return a cache that continues the same tokens on its own.
 
-        Packed rows are shared until one of the two packs more: until then a continuation costs
-        its window only. Layers with `max_cache_len`, which write in place, are copied in full.
+        Packed rows are shared from then on: a continuation costs its window and what it packs
+        itself. A sliding window shares them until it packs more, as they leave it anyway; layers
+        with `max_cache_len`, which write in place, are copied in full.
         """
         memo: dict[int, Any] = {}
         for layer in self.layers:
             if isinstance(layer, QuantForgeLayer) and not layer.is_compileable:
                 # `_stores` packs once what would be packed in each
                 for store in packed_stores(layer):
-                    store.shared = True
-                    memo |= {id(t): t for t in (store.packed, store.scales) if t is not None}
+                    memo |= {id(x): x for x in store.share()}
         with torch.inference_mode(False):
             return copy.deepcopy(self, memo)

@@ -14,6 +14,7 @@ rows into pages where its device has the kernel for them, so a file does not dep
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +24,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantforge.errors import FormatError, UnsupportedError
 from quantforge.llm.importance import Slots
+from quantforge.llm.joined import Part, parts_of
 from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
-from quantforge.llm.paged import PagedRows
 from quantforge.llm.sliding import QuantForgeSlidingLayer
 from quantforge.llm.store import Store
 from quantforge.ops.pages import codes_of
@@ -40,7 +41,7 @@ Fields = dict[str, Any]
 
 SAVED = {
     "dense", "packed", "scales", "shift", "equalizer", "moments", "query_rms", "tiers", "slots",
-    "n_dense", "n_packed", "n_rows", "first",
+    "n_dense", "n_packed", "n_rows", "first", "prefix",
 }  # fmt: skip
 DERIVED = {
     "options",
@@ -92,25 +93,27 @@ def packed_stores(layer: QuantForgeLayer) -> Iterator[Store]:
 
 def _rows(store: Store, first: int, dtype: torch.dtype) -> QuantTensor:
     """Return the packed rows from the first one on, whatever their layout."""
-    assert store.packed is not None, "rows are counted where they are stored"
-    if store.pages is None:
-        assert store.scales is not None, "rows have their scales beside them"
-        packed = store.packed[:, :, first : store.n_rows]
-        scales = store.scales[:, :, first : store.n_rows]
-    else:
-        step = PAGES_AT_ONCE * store.pages.layout.tokens
-        starts = range(first, store.n_rows, step)
-        parts = [
-            PagedRows(
-                store.packed, min(step, store.n_rows - i), store.pages, None, None, dtype, i
-            ).rows
-            for i in starts
-        ]
+    source = store._source(dtype, first)
+    assert source is not None, "called where there are rows"
+    parts = [rows for part in parts_of(source) for rows in _as_rows(part)]
+    packed, scales = parts[0].packed, parts[0].scales
+    if len(parts) > 1:
         packed = torch.cat([part.packed for part in parts], 2)
         scales = torch.cat([part.scales for part in parts], 2)
     return QuantTensor(
         packed, scales, store.spec, shift=store.shift, equalizer=store.equalizer, dtype=dtype
     )
+
+
+def _as_rows(part: Part) -> list[QuantTensor]:
+    """Return a part as rows, a few pages at a time."""
+    if isinstance(part, QuantTensor):
+        return [part]
+    step, stop = PAGES_AT_ONCE * part.format.layout.tokens, part.first + part.n
+    return [
+        dataclasses.replace(part, first=i, n=min(step, stop - i)).rows
+        for i in range(part.first, stop, step)
+    ]
 
 
 def _fill_store(name: str, store: Store, dense: torch.Tensor, tensors: Tensors) -> None:

@@ -22,9 +22,20 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import UnsupportedError
 from quantforge.llm.importance import Slots
+from quantforge.llm.joined import Source, parts_of, rows_of
 from quantforge.llm.observe import See
 from quantforge.llm.paged import PagedRows
-from quantforge.llm.tiers import Places, Source, attend_packed, combine, decode, logits, rows_of
+from quantforge.llm.tiers import (
+    Places,
+    attend_packed,
+    attend_parts,
+    combine,
+    decode,
+    is_paged,
+    logits,
+    tokens_of,
+    within,
+)
 from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.masks import is_plainly_causal
 from quantforge.ops.merge import Partial, dense_attention, merge_partials
@@ -81,8 +92,7 @@ class SegmentedTensor(torch.Tensor):
         staged: bool = False,
     ) -> SegmentedTensor:
         batch, heads, m, dim = dense.shape
-        n_packed = source.n if isinstance(source, PagedRows) else source._packed.shape[-2]
-        n_packed = places.alive if isinstance(places, Slots) else n_packed
+        n_packed = places.alive if isinstance(places, Slots) else tokens_of(source)
         shape = [batch, heads * n_rep, m + n_packed, dim]
         if staged:
             shape[1:2] = [heads, n_rep]
@@ -120,7 +130,7 @@ class SegmentedTensor(torch.Tensor):
 
     @property
     def packed(self) -> QuantTensor:
-        """The packed rows of the first code; pages are laid out as rows for it."""
+        """The packed rows of the first code, laid out as rows in one buffer."""
         return rows_of(self.source)
 
     @property
@@ -259,12 +269,12 @@ def _attention(
         run = partial(
             attend_pages, key=key, value=value, mask=attn_mask, scale=scale, is_causal=aligned
         )
-        out = forward_only(lambda q: run(q)[0], query)
-        show(query, key, scale)
-        return out
+    else:
+        run = partial(attend_rows, key=key, value=value, mask=attn_mask, scale=scale)
 
     def attend(q: torch.Tensor) -> torch.Tensor:
-        return merge_partials(attend_rows(q, key, value, attn_mask, scale)).to(q.dtype)
+        parts = run(q)
+        return parts[0][0] if len(parts) == 1 else merge_partials(parts).to(q.dtype)
 
     out = forward_only(attend, query)
     show(query, key, scale)
@@ -301,8 +311,7 @@ def is_fused(
     query: torch.Tensor, key: SegmentedTensor, value: SegmentedTensor, mask: torch.Tensor | None
 ) -> bool:
     """Return whether decode attention over pages can do this."""
-    paged = isinstance(key.source, PagedRows) and isinstance(value.source, PagedRows)
-    if not paged or key.places is not None:
+    if key.places is not None or not (is_paged(key.source) and is_paged(value.source)):
         return False
     plain = mask is None or (
         mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[-1] == key.shape[-2]
@@ -319,12 +328,12 @@ def attend_pages(
     softcap: float = 0.0,
     window: int = 0,
     is_causal: bool = False,
-) -> Partial:
-    """Attend to all rows in one fused operator, where `is_fused` allows it.
+) -> list[Partial]:
+    """Attend to all rows by the fused operator, where `is_fused` allows it: once for each part.
 
     is_causal: the last query is the last row; a mask may say more.
     """
-    k, v = key.source, value.source
+    (*k_parts, k), (*v_parts, v) = parts_of(key.source), parts_of(value.source)
     assert isinstance(k, PagedRows), "checked by is_fused"
     assert isinstance(v, PagedRows), "checked by is_fused"
     if query.stride(-1) != 1:
@@ -332,13 +341,26 @@ def attend_pages(
     rows = query.shape[1] // key.dense.shape[1] * query.shape[2]
     if mask is not None and rows >= LOOK_ROWS and is_plainly_causal(mask):
         mask, is_causal = None, True
+    partials: list[Partial] = []
+    if k_parts:
+        if window:
+            mask, window = within(mask, query, key.shape[-2], window), 0
+        history = None
+        if mask is not None:
+            start = key.n_sinks
+            stop = start + key.n_packed - k.n
+            history, mask = (
+                mask[..., start:stop],
+                torch.cat([mask[..., :start], mask[..., stop:]], -1),
+            )
+        partials = attend_parts(query, tuple(k_parts), tuple(v_parts), history, scale, softcap)
     starts = None
     if k.first:  # the operator counts positions, and columns of the mask, from the first page
         starts = torch.full((len(query),), k.first, dtype=torch.int32, device=query.device)
         mask = None if mask is None else F.pad(mask, (k.first, 0))
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-    out, lse = decode_op.decode_attention(
+    result = decode_op.decode_attention(
         query,
         k.pages.flatten(0, 1),
         v.pages.flatten(0, 1),
@@ -349,7 +371,7 @@ def attend_pages(
         *(scale, softcap, window),
         *(k.format.spec.key, v.format.spec.key),
     )
-    return out, lse
+    return [*partials, result]
 
 
 @on(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)

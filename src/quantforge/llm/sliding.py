@@ -34,6 +34,10 @@ class WindowStore(Store):
         spec: the code.
         pages: the format of pages, or None for rows.
         keep: tokens that the next query can see.
+
+    Attributes:
+        shared: whether packed rows are also a fork's, and are copied before they are written: a
+            prefix would leave the window anyway.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class WindowStore(Store):
     ) -> None:
         super().__init__(dataclasses.replace(options, sinks=0), spec, pages)
         self.keep = keep
-        self.recording = False
+        self.recording = self.shared = False
         self.first = 0
         self._packs = keep >= options.window + options.page_size
         self._unit = 1 if pages is None else pages.layout.tokens
@@ -56,7 +60,12 @@ class WindowStore(Store):
     @property
     def nbytes(self) -> int:
         """Bytes allocated; dense rows are a view of their buffer."""
-        return sum(t.untyped_storage().nbytes() for t in self._tensors().values())
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def share(self) -> list[Any]:
+        """Return what copies can hold together with this store until one of them packs."""
+        self.shared = True
+        return [t for t in (self.packed, self.scales) if t is not None] + self._constants()
 
     @property
     def due(self) -> int:
@@ -81,9 +90,12 @@ class WindowStore(Store):
 
     def pack(self, *args: Any, **kwargs: Any) -> None:
         """Quantize the tokens that are due, in the place of dead ones once there are enough."""
-        if self.due and self.first >= self._slack:
+        if not self.due:
+            return
+        if self.first >= self._slack:
             self._reclaim()
         super().pack(*args, **kwargs)
+        self.shared = False
 
     def crop(self, tokens: int) -> None:
         """Remove the last tokens, then forget what the next query cannot see."""
@@ -135,6 +147,8 @@ class WindowStore(Store):
     def _grown(
         self, buffer: torch.Tensor, dim: int, used: int, needed: int, tokens: int
     ) -> torch.Tensor:
+        if self.shared and needed <= buffer.shape[dim]:
+            buffer = buffer.clone()
         grown = super()._grown(buffer, dim, used, needed, tokens)
         most = max(needed, self._most)
         return grown if grown.shape[dim] <= most else grown.narrow(dim, 0, most).clone()

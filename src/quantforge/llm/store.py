@@ -3,6 +3,7 @@
     dense   (B, Hkv, capacity, dim)   [ sinks ][ recent ]  and room for a page
     packed  (B, Hkv, capacity, bytes) rows in the order of their tokens, and scales beside them; or
             (B, capacity, Hkv, bytes) pages (`llm.paged`)
+    prefix  packed rows before them that are also a fork's, and are never written (`llm.joined`)
 
 Dense rows are written in place while they fit. When pages leave the window the dense buffer is
 replaced, not compacted: a view handed out in the same step still reads the old one.
@@ -11,12 +12,14 @@ replaced, not compacted: a view handed out in the same step still reads the old 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from quantforge.errors import InputError
 from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import Slots
+from quantforge.llm.joined import Part, Prefix, Source, cut, join, with_prefix
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.paged import PagedRows, PageFormat
 from quantforge.llm.segments import SegmentedTensor
@@ -29,7 +32,8 @@ from quantforge.spec import QuantSpec
 from quantforge.tensor import QuantTensor
 
 GROWTH_PAGES = 8
-"""Packed buffers grow by an eighth, at least by this many page sizes: little slack, few copies."""
+"""Packed buffers grow by an eighth, at least by this many page sizes: little slack, few copies.
+Those of a tier grow by what it takes of so many tokens."""
 
 
 class Store:
@@ -43,14 +47,14 @@ class Store:
     Attributes:
         n_dense: dense rows that count.
         n_packed: packed tokens, all tiers.
-        n_rows: packed rows of this store's own code.
+        n_rows: packed rows of this store's own code, those of the prefix included.
+        prefix: the first of them, which other stores may hold too.
         tiers: stores of other bits, with packed rows only: for important tokens, or for the heads
             of the second and later groups.
         groups: of heads with bits of their own, or None.
         slots: where the tokens of tiers are; None without tiers or packed tokens.
         moments: mean, and RMS about it, of the channels when the first page was packed.
         query_rms: RMS of the channels of the queries seen by then, None for values.
-        shared: whether packed rows are also a fork's, and are copied before they are written.
     """
 
     groups: HeadGroups | None = None
@@ -72,7 +76,7 @@ class Store:
         self.query_rms: torch.Tensor | None = None
         self.tiers: list[Store] = []
         self.slots: Slots | None = None
-        self.shared = False
+        self.prefix: tuple[Prefix, ...] = ()
 
     def add_tier(self, spec: QuantSpec, pages: PageFormat | None) -> None:
         """Give important tokens, or another group of heads, a code of their own."""
@@ -90,21 +94,45 @@ class Store:
         return self.n_dense + self.n_packed
 
     @property
+    def _own(self) -> int:
+        """Packed rows behind the prefix."""
+        return self.n_rows - sum(prefix.n for prefix in self.prefix)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated, by this store or for a prefix that it shares."""
         stores = (self, *self.tiers)  # which share statistics
-        held = {id(t): t for store in stores for t in store._tensors().values()}
+        held = {id(t): t for store in stores for t in store.tensors()}
         return sum(t.numel() * t.element_size() for t in held.values())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         names = ("dense", "packed", "scales", "shift", "equalizer")
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all buffers and statistics but those of tiers."""
+        shared = [t for prefix in self.prefix for t in (prefix.packed, prefix.scales)]
+        return [*self._tensors().values(), *(t for t in shared if t is not None)]
+
+    def share(self) -> list[Any]:
+        """Make the packed rows a prefix; return what copies can hold together with this store."""
+        if (own := self._own) and self.packed is not None:
+            new = Prefix(self.packed, self.scales, own)
+            self.prefix = with_prefix(self.prefix, new, self.pages)
+            self.packed = self.scales = None
+        return [*self.prefix, *self._constants()]
+
+    def _constants(self) -> list[Any]:
+        """Return what is replaced and never written."""
+        held = (self.shift, self.equalizer, *(self.moments or ()), self.query_rms, self.slots)
+        return [x for x in held if x is not None]
+
     def map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor t by f(t): a selection along the batch, or a move."""
         with torch.inference_mode(False), torch.no_grad():
             for name, t in self._tensors().items():
                 setattr(self, name, f(t))
+            self.prefix = tuple(prefix.map(f) for prefix in self.prefix)
             for tier in self.tiers:
                 tier.map(f)
             self.slots = None if self.slots is None else self.slots.map(f)
@@ -248,11 +276,10 @@ class Store:
             scale_dtype = getattr(torch, self.spec.scale_dtype)
             self.scales = x.new_empty((*lead, self.spec.scales_per_vector), dtype=scale_dtype)
         assert self.scales is not None, "rows have their scales beside them"
-        needed = self.n_rows + x.shape[2]
-        self.packed = self._grown(self.packed, 2, self.n_rows, needed, 1)
-        self.scales = self._grown(self.scales, 2, self.n_rows, needed, 1)
-        self.shared = False
-        position = torch.tensor(self.n_rows)
+        own = self._own
+        self.packed = self._grown(self.packed, 2, own, own + x.shape[2], 1)
+        self.scales = self._grown(self.scales, 2, own, own + x.shape[2], 1)
+        position = torch.tensor(own)
         cache_append_op.cache_append(
             self.packed, self.scales, x, position, self.shift, self.equalizer, self.spec.key
         )
@@ -265,22 +292,21 @@ class Store:
         if self.packed is None:
             shape = (x.shape[0], 0, x.shape[1], pages.page_bytes)
             self.packed = x.new_empty(shape, dtype=torch.uint8)
-        full, rest = divmod(self.n_rows, tokens)
+        full, rest = divmod(self._own, tokens)
         if rest:
             old_codes, old_scales = pages.read(self.packed[:, full : full + 1])
             codes = torch.cat([old_codes[:, :, :rest], codes], 2)
             scales = torch.cat([old_scales[:, :, :rest], scales], 2)
         new = pages.write(codes, scales)
         stop = full + new.shape[1]
-        self.packed = self._grown(self.packed, 1, -(-self.n_rows // tokens), stop, tokens)
-        self.shared = False
+        self.packed = self._grown(self.packed, 1, full + (rest > 0), stop, tokens)
         self.packed[:, full:stop] = new
 
     def _grown(
         self, buffer: torch.Tensor, dim: int, used: int, needed: int, tokens: int
     ) -> torch.Tensor:
-        """Return a buffer of one's own with room for `needed` entries of some tokens on an axis."""
-        if needed <= buffer.shape[dim] and not self.shared:
+        """Return a buffer with room for `needed` entries of some tokens on an axis."""
+        if needed <= buffer.shape[dim]:
             return buffer
         least = -(-GROWTH_PAGES * self.options.page_size // tokens)
         capacity = max(needed, used + max(used // 8, least)) if buffer.shape[dim] else needed
@@ -298,13 +324,17 @@ class Store:
         self.n_dense -= tokens - packed
         if self.slots is None:
             for store in (self, *self.tiers):
-                store.n_rows = self.n_packed
+                store._cut(self.n_packed)
         else:
             self.slots = self.slots.cropped(packed)
             rows = self.slots.rows or (0,) * (1 + len(self.tiers))
             for store, n in zip((self, *self.tiers), rows, strict=True):
-                store.n_rows = n
+                store._cut(n)
             self.slots = self.slots if self.slots.blocks else None
+
+    def _cut(self, n: int) -> None:
+        """Keep the first n packed rows."""
+        self.n_rows, self.prefix = n, cut(self.prefix, n)
 
     def view(self) -> torch.Tensor | SegmentedTensor | None:
         """Return all rows held, or None before the first."""
@@ -319,17 +349,28 @@ class Store:
         places = self.slots or self.groups
         return SegmentedTensor(dense, sources[0], self._n_sinks, tuple(sources[1:]), places)
 
-    def _source(self, dtype: torch.dtype, first: int = 0) -> QuantTensor | PagedRows | None:
+    def _source(self, dtype: torch.dtype, first: int = 0) -> Source | None:
         """Return the packed rows of this store's own code, None where there are none."""
-        n = self.n_rows - first
-        if self.packed is None or n == 0:
-            return None
+        shared = [self._part(p.packed, p.scales, p.n, dtype) for p in self.prefix]
+        if self.packed is None or (own := self._own) == first:
+            return join(shared)
+        return join([*shared, self._part(self.packed, self.scales, own, dtype, first)])
+
+    def _part(
+        self,
+        packed: torch.Tensor,
+        scales: torch.Tensor | None,
+        stop: int,
+        dtype: torch.dtype,
+        first: int = 0,
+    ) -> Part:
         if self.pages is not None:
-            return PagedRows(self.packed, n, self.pages, self.shift, self.equalizer, dtype, first)
-        assert self.scales is not None, "rows have their scales beside them"
+            rest = (self.pages, self.shift, self.equalizer, dtype, first)
+            return PagedRows(packed, stop - first, *rest)
+        assert scales is not None, "rows have their scales beside them"
         return QuantTensor._make(
-            self.packed[:, :, first : self.n_rows],
-            self.scales[:, :, first : self.n_rows],
+            packed[:, :, first:stop],
+            scales[:, :, first:stop],
             self.shift,
             self.equalizer,
             (self.spec.key, self.spec.dim, dtype, 1, False, "torch"),

@@ -1,6 +1,7 @@
 """Keys and values whose packed rows lie in several places: tiers of tokens, or groups of heads.
 
-Each tier is a segment of its own; segments are merged by their log-sum-exp.
+Each tier is a segment of its own, or several (`llm.joined`); segments are merged by their
+log-sum-exp.
 """
 
 from __future__ import annotations
@@ -9,26 +10,30 @@ import torch
 
 from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import Slots
+from quantforge.llm.joined import Part, Source, count, parts_of, rows_of
 from quantforge.llm.paged import PagedRows
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.merge import Partial
 from quantforge.tensor import QuantTensor
 
-Source = QuantTensor | PagedRows
-"""Packed rows of one code."""
 Places = Slots | HeadGroups | None
 """Where rows of several sources belong; None for one source of all tokens and heads."""
 
 
-def rows_of(source: Source) -> QuantTensor:
-    """Return a source as rows."""
-    return source.rows if isinstance(source, PagedRows) else source
+def is_paged(source: Source) -> bool:
+    """Return whether all rows of a source lie in pages."""
+    return all(isinstance(part, PagedRows) for part in parts_of(source))
+
+
+def tokens_of(source: Source) -> int:
+    """Return the rows of a source."""
+    return sum(count(part) for part in parts_of(source))
 
 
 def decode(sources: tuple[Source, ...], places: Places, dtype: torch.dtype) -> torch.Tensor:
     """Return the packed tokens (B, Hkv, n, dim) in the order of the text."""
-    parts = [rows_of(source).dequantize(dtype) for source in sources]
+    parts = [_decoded(source, dtype) for source in sources]
     if places is None:
         return parts[0]
     if isinstance(places, HeadGroups):
@@ -41,8 +46,8 @@ def decode(sources: tuple[Source, ...], places: Places, dtype: torch.dtype) -> t
 def logits(query: torch.Tensor, sources: tuple[Source, ...], places: Places) -> torch.Tensor:
     """Return query (B, Hkv, rows, dim) times the packed keys, in the order of the text."""
     if isinstance(places, HeadGroups):
-        return places.each(lambda i: places.part(query, i) @ rows_of(sources[i]).mT)
-    parts = [query @ rows_of(source).mT for source in sources]
+        return places.each(lambda i: _logits(places.part(query, i), sources[i]))
+    parts = [_logits(query, source) for source in sources]
     if places is None:
         return parts[0]
     joined = torch.cat(parts, -1)
@@ -53,14 +58,31 @@ def logits(query: torch.Tensor, sources: tuple[Source, ...], places: Places) -> 
 def combine(weights: torch.Tensor, sources: tuple[Source, ...], places: Places) -> torch.Tensor:
     """Return weights (B, Hkv, rows, n), in the order of the text, times the packed values."""
     if places is None:
-        return weights @ rows_of(sources[0])
+        return _weighted(weights, sources[0])
     if isinstance(places, HeadGroups):
-        return places.each(lambda i: places.part(weights, i) @ rows_of(sources[i]))
+        return places.each(lambda i: _weighted(places.part(weights, i), sources[i]))
     filled = [tier for tier, rows in enumerate(places.rows) if rows]
     terms = [
-        _of_tier(weights, places, tier, 0.0) @ rows_of(source)
+        _weighted(_of_tier(weights, places, tier, 0.0), source)
         for tier, source in zip(filled, sources, strict=True)
     ]
+    return sum(terms[1:], terms[0])
+
+
+def _decoded(source: Source, dtype: torch.dtype) -> torch.Tensor:
+    parts = [rows_of(part).dequantize(dtype) for part in parts_of(source)]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _logits(query: torch.Tensor, source: Source) -> torch.Tensor:
+    parts = [query @ rows_of(part).mT for part in parts_of(source)]
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def _weighted(weights: torch.Tensor, source: Source) -> torch.Tensor:
+    parts = parts_of(source)
+    split = weights.split([count(part) for part in parts], -1)
+    terms = [w @ rows_of(part) for w, part in zip(split, parts, strict=True)]
     return sum(terms[1:], terms[0])
 
 
@@ -84,7 +106,7 @@ def attend_packed(
     """
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    partials = []
+    partials: list[list[Partial]] = []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         if key is None or value is None:
             continue
@@ -94,20 +116,47 @@ def attend_packed(
             seen = None if mask is None else places.part_of_queries(mask, i)
         elif places is not None:
             seen = _mask_of_tier(mask, places, i, query.shape[1])
-        partials.append(_attend(q, key, value, seen, scale))
-    if isinstance(places, HeadGroups):
-        outs, lses = zip(*partials, strict=True)
-        return [(places.join_queries(outs), places.join_queries(lses))]
+        partials.append(attend_parts(q, parts_of(key), parts_of(value), seen, scale))
+    if isinstance(places, HeadGroups):  # which have the same tokens in their parts
+        by_part = [zip(*groups, strict=True) for groups in zip(*partials, strict=True)]
+        return [(places.join_queries(outs), places.join_queries(lses)) for outs, lses in by_part]
+    return [partial for parts in partials for partial in parts]
+
+
+def attend_parts(
+    query: torch.Tensor,
+    keys: tuple[Part, ...],
+    values: tuple[Part, ...],
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+) -> list[Partial]:
+    """Attend to parts that follow each other, with a mask of all their tokens.
+
+    softcap: of parts in pages.
+    """
+    partials, start = [], 0
+    for key, value in zip(keys, values, strict=True):
+        stop = start + count(key)
+        seen = mask if mask is None or mask.shape[-1] == 1 else mask[..., start:stop]
+        partials.append(_attend(query, key, value, seen, scale, softcap))
+        start = stop
     return partials
 
 
 def _attend(
-    query: torch.Tensor, key: Source, value: Source, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    key: Part,
+    value: Part,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> Partial:
     paged = isinstance(key, PagedRows) and isinstance(value, PagedRows)
     plain = mask is None or mask.dtype == torch.bool
     if paged and plain and not key.first and query.dtype == key.dtype:  # type: ignore[union-attr]
-        return _attend_pages(query, key, value, mask, scale)  # type: ignore[arg-type]
+        return _attend_pages(query, key, value, mask, scale, softcap)  # type: ignore[arg-type]
+    assert not softcap, "caps are for pages"
     return _attend_rows(query, rows_of(key), rows_of(value), mask, scale)
 
 
@@ -117,6 +166,7 @@ def _attend_pages(
     value: PagedRows,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
 ) -> Partial:
     """Attend to pages alone by the fused operator."""
     query = query if query.stride(-1) == 1 else query.contiguous()
@@ -130,7 +180,7 @@ def _attend_pages(
         *(None, None, None, 0, 0),
         *(mask, False),
         *(key.shift, key.equalizer, value.shift, value.equalizer),
-        *(scale, 0.0, 0),
+        *(scale, softcap, 0),
         *(key.format.spec.key, value.format.spec.key),
     )
     return out, lse
@@ -149,6 +199,13 @@ def _attend_rows(
         *(value._packed, value._scales, value._shift, value._equalizer),
         *(mask, False, scale, key._spec_key, value._spec_key),
     )
+
+
+def within(mask: torch.Tensor | None, query: torch.Tensor, n: int, window: int) -> torch.Tensor:
+    """Return a bool mask that lets queries, the last of n tokens, see a window of them only."""
+    place = torch.arange(n, device=query.device)
+    seen = (place > place[n - query.shape[2] :, None] - window)[None, None]
+    return seen if mask is None else mask & seen
 
 
 def _mask_of_tier(
