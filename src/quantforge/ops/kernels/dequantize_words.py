@@ -93,13 +93,17 @@ def dequantize_words(
             low, high = halves.widened(words)
             low, high = low * scale, high * scale
             if equalizer_ptr is not None:
-                if M > 1:
-                    factors = statistic_pairs(equalizer_rows, channel + j * G, G, LAYOUT)
-                low, high = low * factors[0], high * factors[1]
+                if M > 1:  # names of their own: a name bound before the loop is carried by it
+                    run = statistic_pairs(equalizer_rows, channel + j * G, G, LAYOUT)
+                    low, high = low * run[0], high * run[1]
+                else:
+                    low, high = low * factors[0], high * factors[1]
             if shift_ptr is not None:
                 if M > 1:
-                    shifts = statistic_pairs(shift_rows, channel + j * G, G, LAYOUT)
-                low, high = low + shifts[0], high + shifts[1]
+                    moved = statistic_pairs(shift_rows, channel + j * G, G, LAYOUT)
+                    low, high = low + moved[0], high + moved[1]
+                else:
+                    low, high = low + shifts[0], high + shifts[1]
             tl.store(target + j * (G // 2), halves.rounded_to(low, high, BFLOAT16), mask=inside)
         row += ROWS
         word_row += ROWS
