@@ -23,13 +23,17 @@ def _second(device: torch.device, current: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
+ENABLED = False
+"""Whether there is a second stream at all: off until a GPU has shown what it gains."""
+
+
 class Lanes:
     """The current stream of a device and, if `apart`, a second one; else one stream for all."""
 
     def __init__(self, device: torch.device, apart: bool) -> None:
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._done: list[torch.cuda.Event] = []
-        if apart:
+        if apart and ENABLED:
             current = torch.cuda.current_stream(device)
             self._streams = current, _second(device, current.cuda_stream)
             self.fork()

@@ -35,10 +35,6 @@ MIN_ROWS = 129
 """Fewer query rows of a key head are better served by the kernel that splits the tokens."""
 PAD_ROWS = 256
 """Query rows come in multiples: cuDNN builds a plan for each number."""
-OVERLAP = True
-"""Decode a chunk while the one before is attended to."""
-DENSE_FIRST = False
-"""Attend to the dense tokens beside the first decoding, not beside the last chunk."""
 EDGE_ROWS = 64
 EDGE_COLUMNS = 32
 
@@ -144,7 +140,7 @@ def extend_attention(
     capacity = -(-max(length for _, length in cut) // tokens) * tokens
     buffers = query.new_empty((min(len(cut), 2), 2, batch, kv_heads, capacity, dim))
     has_dense = k_dense is not None and n_dense > 0
-    lanes = Lanes(device, OVERLAP and query.is_cuda and (has_dense or len(cut) > 1))
+    lanes = Lanes(device, query.is_cuda and (has_dense or len(cut) > 1))
 
     def attend_densely() -> Partial | None:
         if k_dense is None or v_dense is None or not has_dense:
@@ -153,7 +149,6 @@ def extend_attention(
         return flash.flash(query, *recent, scale, is_causal)
 
     matrix, unit = plan.rotations[0]
-    dense: Partial | None = None
     with lanes.second():
         rotate_queries[(padded // EDGE_ROWS, batch * kv_heads)](
             query, matrix, k_equalizer, k_shift, rotated, offsets,
@@ -162,8 +157,6 @@ def extend_attention(
             HKV=kv_heads, D=dim, TERMS=len(matrix), ROWS=EDGE_ROWS, COLUMNS=EDGE_COLUMNS,
             num_warps=4,
         )  # fmt: skip
-        if DENSE_FIRST:
-            dense = attend_densely()
     history = _History(rows)
     pages_per_row = len(k_pages) // batch if page_table is None else page_table.shape[1]
     for step, (first, length) in enumerate(cut):
@@ -178,8 +171,7 @@ def extend_attention(
         with lanes.second():
             history.add(flash.attend(rotated, keys[:, :, :length], values[:, :, :length], scale))
         lanes.mark()
-    if not DENSE_FIRST:
-        dense = attend_densely()
+    dense = attend_densely()
     lanes.join()
     return _merge(query, history, dense, offsets, plan, v_equalizer, v_shift, kv_heads)
 
