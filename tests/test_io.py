@@ -470,11 +470,24 @@ def test_readers_never_see_half_a_set(tmp_path: Path) -> None:
 # ---- golden file ---------------------------------------------------------------------------
 
 
-def test_golden_file_loads_for_ever() -> None:
-    about = json.loads((GOLDEN / "format_v1.json").read_text())
-    loaded = load_file(GOLDEN / "format_v1.safetensors")
+@pytest.mark.parametrize("dim", [96, 160, 224])
+def test_old_rotations_are_refused(tmp_path: Path, dim: int) -> None:
+    path = tmp_path / "old.safetensors"
+    save_file({"k": QuantPipeline(dim).compress(torch.randn(2, dim))}, path)
+    assert load_file(path)["k"].shape == (2, dim)
+    data = path.read_bytes()
+    assert data.count(b'"quantforge":"2"') == 1
+    path.write_bytes(data.replace(b'"quantforge":"2"', b'"quantforge":"1"'))
+    with pytest.raises(FormatError, match=rf"'k': dim {dim} .*quantize the original vectors"):
+        load_file(path)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_golden_file_loads_for_ever(version: str) -> None:
+    about = json.loads((GOLDEN / f"format_{version}.json").read_text())
+    loaded = load_file(GOLDEN / f"format_{version}.safetensors")
     assert loaded.keys() == about.keys()
-    with np.load(GOLDEN / "format_v1.npz") as values:
+    with np.load(GOLDEN / f"format_{version}.npz") as values:
         for name, t in loaded.items():
             expected = about[name]
             assert list(t.shape) == expected["shape"], name
@@ -591,7 +604,7 @@ def test_wrong_arrays(tmp_path: Path) -> None:
     [
         (None, "safetensors.torch.load_file"),
         ({"format": "pt"}, "safetensors.torch.load_file"),
-        ({"quantforge": "2"}, "version '2'.*upgrade"),
+        ({"quantforge": "3"}, "version '3'.*upgrade"),
         ({"quantforge": "one"}, "version 'one'"),
         ({"quantforge": "1"}, "quantforge.tensors"),
         ({"quantforge": "1", "quantforge.tensors": "{"}, "not valid JSON"),

@@ -2,7 +2,8 @@
 
 Header metadata (a safetensors header holds strings only):
 
-    "quantforge"           format version, "1"
+    "quantforge"           format version, "2"; "1" is read too, but for Hadamard rotations of dims
+                           12 * 2^k, 20 * 2^k, 28 * 2^k: their matrices were others
     "quantforge.tensors"   JSON: {name: {"spec": {...}, "shape": [...], "dtype": "float32",
                                          "container": "torch", "parts": ["packed", "scales"]}}
     anything else          the user's
@@ -23,11 +24,12 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from quantforge.errors import ConfigError, FormatError, InputError
-from quantforge.spec import QuantSpec
+from quantforge.spec import QuantSpec, hadamard_base
 from quantforge.tensor import Container, QuantTensor
 
 MARKER = "quantforge"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", VERSION)
 TABLE = "quantforge.tensors"
 
 REQUIRED_PARTS = ("packed", "scales")
@@ -187,9 +189,10 @@ def check_version(where: str, metadata: Mapping[str, str]) -> None:
             f"{where} was not written by quantforge: its header has no {MARKER!r} entry; load "
             "plain tensors with safetensors.torch.load_file"
         )
-    if version != VERSION:
+    if version not in READABLE:
         raise FormatError(
-            f"{where} has format version {version!r}; this quantforge reads {VERSION!r}; "
+            f"{where} has format version {version!r}; this quantforge reads "
+            f"{' and '.join(map(repr, READABLE))}; "
             "upgrade quantforge if the file is newer"
         )
 
@@ -212,7 +215,9 @@ def parse_infos(
     infos: dict[str, TensorInfo] = {}
     reserved: dict[str, str] = {}
     for name, entry in table.items():
-        infos[name] = _parse_entry(f"{where}: tensor {name!r}", name, entry, stored)
+        info = _parse_entry(f"{where}: tensor {name!r}", name, entry, stored)
+        _check_rotation(f"{where}: tensor {name!r}", metadata[MARKER], info)
+        infos[name] = info
         reserved |= {key_of(name, part): name for part in PARTS}
     listed = {key_of(name, part) for name, info in infos.items() for part in info.parts}
     for key, part in stored.items():
@@ -225,6 +230,18 @@ def parse_infos(
             )
         infos[key] = TensorInfo(part.shape, part.dtype, None, "torch", {PLAIN: part})
     return infos
+
+
+def _check_rotation(where: str, version: str, info: TensorInfo) -> None:
+    """Raise `FormatError` for codes of a rotation that is no longer computed."""
+    spec = info.spec
+    assert spec is not None
+    if version == "1" and spec.rotation == "hadamard" and hadamard_base(spec.dim) != 1:
+        raise FormatError(
+            f"{where}: dim {spec.dim} with a Hadamard rotation in format version '1': rotations of "
+            "dims other than powers of two have changed since, so its codes would decode to wrong "
+            "vectors; quantize the original vectors again and save them"
+        )
 
 
 def parse_json(where: str, text: str | None) -> dict[str, Any]:
