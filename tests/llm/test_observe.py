@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from quantforge import QuantForgeCache
+from quantforge.llm.attention import quantforge_attention
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.observe import Queries, WatchedTensor
 from quantforge.llm.options import CacheConfig
@@ -58,8 +59,8 @@ def test_queries_of_models_are_seen(family: str, attention: str) -> None:
     model, seen = random_model(family, attention), []
 
     class Layer(QuantForgeLayer):
-        def _see(self, query: torch.Tensor, scale: float | None) -> None:
-            super()._see(query, scale)
+        def _see(self, query: torch.Tensor, scale: float | None, mask: Any = None) -> None:
+            super()._see(query, scale, mask)
             seen.append((query.shape, scale, self._keys.n_packed))
 
     class Cache(QuantForgeCache):
@@ -73,7 +74,7 @@ def test_queries_of_models_are_seen(family: str, attention: str) -> None:
     assert torch.equal(logits, exact), "a watched prompt attends as any other"
     assert len(seen) == len(cache.layers) == 2
     for layer, (shape, _, packed) in zip(cache.layers, seen, strict=True):
-        assert layer._queries.rows == shape[1] // layer._keys.heads * 60
+        assert (torch.as_tensor(layer._queries.rows) == shape[1] // layer._keys.heads * 60).all()
         assert packed > 0, "packed as soon as attention has run"
         assert layer._keys.query_rms.shape == layer._keys.equalizer.shape
 
@@ -129,3 +130,101 @@ def test_grad_modes_may_change_between_calls(inference: Any) -> None:
     with torch.no_grad():
         model(tokens(1, 30), past_key_values=cache)
     assert cache.get_seq_length() == 90
+
+
+# ---- left padding --------------------------------------------------------------------------------
+
+PADDING = 37
+
+
+def padded(attend: str, chunks: tuple[int, ...] = (120,), **settings: Any) -> QuantForgeLayer:
+    """Return a layer whose first row is the second without its first tokens, padded on the left.
+
+    Padding is loud, and attended to by what no query of a token may see.
+    """
+    layer = QuantForgeLayer(CacheConfig(**{**SETTINGS, "sinks": 0, **settings}))
+    n = sum(chunks)
+    x, query = (
+        random(1, 2, n, 32).repeat(2, 1, 1, 1),
+        random(1, 4, n, 32, seed=1).repeat(2, 1, 1, 1),
+    )
+    query[..., :4] *= 3
+    x[0, :, :PADDING], query[0, :, :PADDING] = 100.0, 50.0
+    real = torch.ones(2, n, dtype=torch.bool)
+    real[0, :PADDING] = False
+    mask = torch.ones(n, n).tril().bool() & real[:, None, None]
+    start = 0
+    for stop in torch.tensor(chunks).cumsum(0).tolist():
+        part, seen = slice(start, stop), mask[:, :, start:stop, :stop]
+        keys = layer.update(x[:, :, part], x[:, :, part])
+        if attend == "added":
+            seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        if attend == "quantforge":
+            module = torch.nn.Module()
+            quantforge_attention(module, query[:, :, part], *keys, seen, softcap=30.0)
+        else:
+            F.scaled_dot_product_attention(query[:, :, part], *keys, seen, enable_gqa=True)
+        start = stop
+    return layer
+
+
+@pytest.mark.parametrize("attend", ["sdpa", "added", "quantforge"])
+@pytest.mark.parametrize("chunks", [(120,), (20, 100), (20, 10, 90)])
+def test_left_padding_is_not_measured(attend: str, chunks: tuple[int, ...]) -> None:
+    # one page that comes due with the last chunk
+    layer = padded(attend, chunks, window=20 + max(chunks[:-1], default=0), page_size=60)
+    x, query = random(1, 2, 120, 32), random(1, 4, 120, 32, seed=1)
+    query[..., :4] *= 3
+    assert layer._queries.padding.tolist() == [PADDING, 0]
+    for row, first in ((0, PADDING), (1, 0)):
+        rest, asked = x[0, :, first:], query[0, :, first:]
+        mean, rms = rest.mean(1), rest.std(1, correction=0)
+        for store in (layer._keys, layer._values):
+            torch.testing.assert_close(store.shift[row, :, 0], mean)
+            torch.testing.assert_close(store.moments[1][row, :, 0], rms)
+        of_queries = asked.unflatten(0, (2, 2)).square().mean((1, 2)).sqrt()
+        torch.testing.assert_close(layer._keys.query_rms[row, :, 0], of_queries)
+
+
+def test_left_padding_is_not_important() -> None:
+    layer = padded("sdpa", bits=2, importance=(8,), budget=3.5, window=16)
+    tiers = layer.keys.places.tiers
+    assert (tiers[0, :, :PADDING] == 0).all()
+    assert (tiers[0] == 1).sum() == (tiers[1] == 1).sum() > 0
+    # and takes no attention from the others
+    query, x = random(2, 2, 5, 8), random(2, 2, 12, 8, seed=1)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :9] = False
+    queries = Queries(recent=5)
+    queries.see(query, 2, 5, None)
+    mass = queries.mass(x, real)
+    assert (mass[0, :, :9] == -1).all()
+    torch.testing.assert_close(mass[0, :, 9:].sum(-1), torch.ones(2))
+    torch.testing.assert_close(mass[1], queries.mass(x)[1])
+    short = Queries(recent=3)  # queries of padding count for nothing
+    short.see(query[:1, :, 2:], 2, 3, None)
+    torch.testing.assert_close(mass[:1, :, 9:], short.mass(x[:1, :, 9:]))
+
+
+def test_masks_of_models_tell_their_padding() -> None:
+    model = random_model("llama", "sdpa")
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :17] = 0
+    cache = QuantForgeCache(**SETTINGS)
+    with torch.no_grad():
+        model(tokens(2, 60), attention_mask=mask, past_key_values=cache)
+    for layer in cache.layers:
+        assert layer._queries.padding.tolist() == [17, 0]
+    cache.batch_repeat_interleave(2)
+    assert cache.layers[0]._queries.padding.tolist() == [17, 17, 0, 0]
+    assert cache.layers[0]._queries.rms.shape[0] == 4
+
+
+def test_sliding_layers_tell_their_padding() -> None:
+    model = random_model("gemma3_text", "sdpa")
+    cache = QuantForgeCache(model.config, **{**SETTINGS, "window": 8, "page_size": 8})
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[0, :17] = 0
+    with torch.no_grad():
+        model(tokens(2, 90), attention_mask=mask, past_key_values=cache)
+    assert [layer._queries.padding.tolist() for layer in cache.layers] == [[17, 0]] * 2

@@ -112,7 +112,7 @@ def quantforge_attention(
         return _joined(parts, s_aux, q.dtype)
 
     out = forward_only(run, query) if packed else run(query)
-    show(query, key, scale)
+    show(query, key, scale, attention_mask)
     return out, None
 
 

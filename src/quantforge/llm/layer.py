@@ -88,6 +88,9 @@ class QuantForgeLayer(CacheLayerMixin):
         self._shares = options.shares(key_dim, value_dim)
         for tier in range(1, len(options.tiers)):
             self._add_code(options.key_spec(key_dim, tier), options.value_spec(value_dim, tier))
+        for store in (self._keys, self._values):
+            for tier, share in zip(store.tiers, self._shares, strict=True):
+                tier.share_of_tokens = share
 
     def _divide_heads(self, kv_heads: int) -> None:
         """Give heads of other bits stores of their own."""
@@ -179,21 +182,41 @@ class QuantForgeLayer(CacheLayerMixin):
         measures = self.options.equalizer and self._keys.n_packed == 0
         return (measures or bool(self._shares)) and not torch.compiler.is_compiling()
 
-    def _see(self, query: torch.Tensor, scale: float | None) -> None:
-        """Take note of a query (B, Hq, q, dim) that has attended, and pack what is due."""
+    def _see(
+        self, query: torch.Tensor, scale: float | None, mask: torch.Tensor | None = None
+    ) -> None:
+        """Take note of a query (B, Hq, q, dim) that has attended, and pack what is due.
+
+        A mask, broadcasting to (B, Hq, q, n), tells tokens from left padding, which is neither
+        measured nor important.
+        """
         if not self.is_initialized or query.shape[-1] != self._keys.spec.dim:
             return
+        tokens = self._new_tokens
+        start = self.get_seq_length() - tokens
+        if mask is not None and mask.ndim:  # the keys of a sliding window begin later than others
+            mask = mask[..., -tokens:] if self.is_sliding else mask[..., start : start + tokens]
         with torch.inference_mode(False), torch.no_grad():
-            self._queries.see(query, self._keys.heads, self._new_tokens, scale)
+            self._queries.see(query, self._keys.heads, tokens, scale, mask, start)
             self._pack()
 
     def _pack(self) -> None:
         """Pack what has left the window."""
         if self._keys.due:
-            block = self._block()
-            self._keys.pack(self._queries.rms, block)
-            self._values.pack(None, block)
+            block, real = self._block(), self._real()
+            self._keys.pack(self._queries.rms, block, real)
+            self._values.pack(None, block, real)
             self._values.slots = self._keys.slots  # one map for both
+
+    def _real(self) -> torch.Tensor | None:
+        """Return which dense tokens are no padding, (B, n_dense) bool; None for all."""
+        sinks = self._keys.candidates().start
+        recent = self._keys.n_dense - sinks
+        real = [
+            self._queries.real(start, tokens)
+            for start, tokens in ((0, sinks), (self.get_seq_length() - recent, recent))
+        ]
+        return None if real[0] is None or real[1] is None else torch.cat([real[0], real[1]], 1)
 
     def _block(self) -> tuple[torch.Tensor, list[int]] | None:
         """Return the tier of each token that is due, and how many each tier gets."""
@@ -206,7 +229,7 @@ class QuantForgeLayer(CacheLayerMixin):
             for share, n in zip(self._shares, rows, strict=True)
         ]
         keys = self._keys.dense[:, :, : self._keys.n_dense]
-        mass = self._queries.mass(keys)
+        mass = self._queries.mass(keys, self._real())
         if mass is None:  # nobody looked: the latest tokens count most
             mass = torch.arange(keys.shape[2], device=keys.device, dtype=torch.float32)
             mass = mass.expand(keys.shape[:3])

@@ -277,15 +277,20 @@ def _attention(
         return parts[0][0] if len(parts) == 1 else merge_partials(parts).to(q.dtype)
 
     out = forward_only(attend, query)
-    show(query, key, scale)
+    show(query, key, scale, attn_mask)
     return out
 
 
-def show(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+def show(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float | None,
+    mask: torch.Tensor | None = None,
+) -> None:
     """Show a query (B, Hq, q, dim), once its attention has run, to the layer of a key."""
     see = getattr(key, "_see", None)
     if see is not None:
-        see(query, scale)
+        see(query, scale, mask)
 
 
 def attend_rows(

@@ -234,9 +234,11 @@ class QuantForgeStaticLayer(QuantForgeLayer):
     def _settle_eagerly(self) -> None:
         self._settle()
 
-    def _see(self, query: torch.Tensor, scale: float | None) -> None:
+    def _see(
+        self, query: torch.Tensor, scale: float | None, mask: torch.Tensor | None = None
+    ) -> None:
         if self._pending:
-            super()._see(query, scale)
+            super()._see(query, scale, mask)
             self._settle()
         elif self._held is not None and not self._held[0]:  # for a page that a later chunk fills
             heads = self._window.k_dense.shape[1]

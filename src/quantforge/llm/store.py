@@ -12,6 +12,7 @@ replaced, not compacted: a view handed out in the same step still reads the old 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -52,12 +53,14 @@ class Store:
         tiers: stores of other bits, with packed rows only: for important tokens, or for the heads
             of the second and later groups.
         groups: of heads with bits of their own, or None.
+        share_of_tokens: that this store's own code gets.
         slots: where the tokens of tiers are; None without tiers or packed tokens.
         moments: mean, and RMS about it, of the channels when the first page was packed.
         query_rms: RMS of the channels of the queries seen by then, None for values.
     """
 
     groups: HeadGroups | None = None
+    share_of_tokens: float = 1.0
 
     def __init__(
         self,
@@ -208,19 +211,22 @@ class Store:
         self,
         query_rms: torch.Tensor | None = None,
         block: tuple[torch.Tensor, Sequence[int]] | None = None,
+        real: torch.Tensor | None = None,
     ) -> None:
         """Quantize the tokens that are due and drop them from the dense rows.
 
         Args:
             query_rms: RMS of the channels of queries (B, Hkv, 1, dim), where they are known.
             block: tier (B, Hkv, due) of each token and the tokens of each tier; with tiers only.
+            real: (B, n_dense) dense rows that are no padding, which is not measured; None for all.
         """
         if not (tokens := self.due):
             return
         assert self.dense is not None, "rows that are due are held"
         rows, dense = self.candidates(), self.dense[:, :, : self.n_dense]
         if self.n_packed == 0:
-            self._measure(dense[:, :, rows.start :], query_rms)
+            real = None if real is None else real[:, None, rows.start :]
+            self._measure(dense[:, :, rows.start :], query_rms, real)
         x = dense[:, :, rows]
         if self.groups is not None:
             for group, store in enumerate((self, *self.tiers)):
@@ -234,8 +240,10 @@ class Store:
         kept = torch.cat([dense[:, :, : rows.start], dense[:, :, rows.stop :]], dim=2)
         self.dense = self._with_room(kept, self.n_dense)
 
-    def _measure(self, x: torch.Tensor, query_rms: torch.Tensor | None) -> None:
-        self.moments = moments(x)
+    def _measure(
+        self, x: torch.Tensor, query_rms: torch.Tensor | None, real: torch.Tensor | None
+    ) -> None:
+        self.moments = moments(x, real)
         self.query_rms = query_rms
         mean, rms = self.moments
         self.shift = mean if self.options.shift else None
@@ -308,7 +316,7 @@ class Store:
         """Return a buffer with room for `needed` entries of some tokens on an axis."""
         if needed <= buffer.shape[dim]:
             return buffer
-        least = -(-GROWTH_PAGES * self.options.page_size // tokens)
+        least = ceil(GROWTH_PAGES * self.options.page_size * self.share_of_tokens / tokens)
         capacity = max(needed, used + max(used // 8, least)) if buffer.shape[dim] else needed
         shape = list(buffer.shape)
         shape[dim] = capacity

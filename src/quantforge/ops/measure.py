@@ -20,11 +20,22 @@ def measure(
     return shift, equalizer_of(rms, query_rms)
 
 
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean, and the RMS about it, of each channel: (..., 1, dim) float32."""
+def moments(x: torch.Tensor, real: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean, and the RMS about it, of each channel: (..., 1, dim) float32.
+
+    Args:
+        x: (..., n, dim) float tensor.
+        real: (..., n) bool, broadcasting: vectors that count; None for all.
+    """
     x = x.to(torch.float32)
-    shift = x.mean(-2, keepdim=True)
-    return shift, (x - shift).square_().mean(-2, keepdim=True).sqrt_()
+    if real is None:
+        shift = x.mean(-2, keepdim=True)
+        return shift, (x - shift).square_().mean(-2, keepdim=True).sqrt_()
+    skipped = ~real.unsqueeze(-1)
+    count = real.sum(-1)[..., None, None].clamp_min(1)
+    shift = x.masked_fill(skipped, 0).sum(-2, keepdim=True) / count
+    squares = (x - shift).square_().masked_fill_(skipped, 0)
+    return shift, (squares.sum(-2, keepdim=True) / count).sqrt_()
 
 
 def equalizer_of(rms: torch.Tensor, query_rms: torch.Tensor | None = None) -> torch.Tensor:
