@@ -2,7 +2,7 @@
 
 `model.safetensors.index.json` names the shards, as transformers writes it:
 
-    {"metadata": {"quantforge": "1", "total_size": 123}, "weight_map": {"k.packed": "model-..."}}
+    {"metadata": {"quantforge": "2", "total_size": 123}, "weight_map": {"k.packed": "model-..."}}
 
 An index wins over a single file of the same name. So writing (or removing) the index is the one
 moment at which the new set takes over; shards have new names each time, and the old ones are
