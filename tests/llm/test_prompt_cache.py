@@ -24,7 +24,8 @@ from quantforge.errors import FormatError, InputError, UnsupportedError
 from quantforge.io import read_metadata, save_file
 from quantforge.llm import CacheConfig
 from quantforge.llm.fingerprint import fingerprint
-from quantforge.llm.saved_layers import DERIVED, KINDS, SAVED
+from quantforge.llm.layer_kinds import KINDS
+from quantforge.llm.saved_layers import DERIVED, SAVED
 from quantforge.llm.store import Store
 from tests.llm.models import SETTINGS, random_model
 
@@ -456,7 +457,7 @@ def test_the_how_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     text = (ROOT / "docs" / "prompt_caches.md").read_text("utf-8")
     scope: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "prompt_caches.md", "exec"), scope)
     first, last = scope["out"], scope["answers"][0]

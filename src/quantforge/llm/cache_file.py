@@ -19,8 +19,9 @@ import torch
 from quantforge.errors import ConfigError, FormatError, InputError, UnsupportedError
 from quantforge.io import QuantFile, open_file, save_file
 from quantforge.llm.fingerprint import fingerprint
+from quantforge.llm.layer_kinds import KINDS, kind_of
 from quantforge.llm.options import CacheConfig
-from quantforge.llm.saved_layers import KINDS, Fields, Tensors, kind_of
+from quantforge.llm.saved_layers import Fields, Tensors
 
 ENTRY = "cache"
 VERSION = 1
@@ -68,20 +69,23 @@ def load_cache(
     mmap: bool,
     model: Any,
     layout: str | None,
+    max_cache_len: int | str | None,
 ) -> Any:
     """Read a cache; see `PromptCache.load`."""
     with open_file(path) as file:
         entry = _entry(str(path), file)
-        count = len(entry["layers"])
+        layers, length = _with_buffers(str(path), entry["layers"], max_cache_len)
+        count = len(layers)
         options, overrides = _settings(f"{path}: header entry {ENTRY!r}", entry, layout)
         names = _names_by_layer(str(path), file, count)
     _check_model(str(path), entry["model"], model)
     devices = _devices(device, model, count)
-    cache = cls(layers={i: vars(o) for i, o in overrides.items()}, **vars(options))
+    layer_settings = {i: vars(o) for i, o in overrides.items()}
+    cache = cls(layers=layer_settings, max_cache_len=length, **vars(options))
     files = {d: open_file(path, device=d) for d in set(devices)}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for i, fields in enumerate(entry["layers"]):
+            for i, fields in enumerate(layers):
                 tensors = {key: files[devices[i]][f"layers.{i}.{key}"] for key in names[i]}
                 if not mmap:
                     tensors = {key: t.clone() for key, t in tensors.items()}
@@ -95,14 +99,35 @@ def load_cache(
 
 def _layer(where: str, options: CacheConfig, fields: Fields, tensors: Tensors) -> Any:
     kind = KINDS[fields["kind"]]
-    layer = kind.make(options, fields)
     try:
+        layer = kind.make(options, fields)
         kind.fill(layer, tensors)
     except (ConfigError, InputError, FormatError) as error:
         raise FormatError(f"{where}: {error}") from error
     for name, attribute in kind.fields.items():
         setattr(layer, attribute, fields[name])
     return layer
+
+
+def _with_buffers(
+    where: str, layers: list[Fields], max_cache_len: int | str | None
+) -> tuple[list[Fields], int | None]:
+    """Return layers of fixed buffers or growing ones, as asked for, and the tokens of buffers."""
+    length: Any = max_cache_len
+    if max_cache_len == "saved":
+        saved = {fields["max_cache_len"] for fields in layers if fields["kind"] == "static"}
+        if len(saved) > 1:
+            raise FormatError(f"{where}: max_cache_len must be one for all layers; got {saved}")
+        length = saved.pop() if saved else None
+    if length is None:
+        return [{"kind": "full"} if f["kind"] == "static" else f for f in layers], None
+    for index, fields in enumerate(layers):
+        if fields["kind"] not in ("full", "static"):
+            raise UnsupportedError(
+                f"{where}: layer {index} is {fields['kind']!r}, which cannot have max_cache_len; "
+                "load it with max_cache_len=None"
+            )
+    return [{"kind": "static", "max_cache_len": length}] * len(layers), length
 
 
 def _devices(device: Any, model: Any, count: int) -> list[torch.device]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -49,6 +49,7 @@ class PromptCache:
         mmap: bool = True,
         model: Any = None,
         layout: str | None = None,
+        max_cache_len: int | Literal["saved"] | None = "saved",
     ) -> Self:
         """Read a cache that `save` has written: settings, codes and window, bit by bit.
 
@@ -59,14 +60,18 @@ class PromptCache:
                 memory of their own. False reads everything at once.
             model: must be the one that the cache was saved with.
             layout: instead of the saved setting: "auto", "pages" or "rows".
+            max_cache_len: tokens for which fixed buffers have room, None for a cache that grows;
+                what it was if left out.
 
         Raises:
             FormatError: for a file that is damaged, truncated, foreign or from the future; the
                 message names the field or array.
             InputError: for another model than the one it was saved with.
+            ConfigError: for settings that a cache with `max_cache_len` cannot have.
+            UnsupportedError: for layers that cannot have fixed buffers.
             FileNotFoundError: if there is no such file.
         """
-        return load_cache(cls, path, device, mmap, model, layout)
+        return load_cache(cls, path, device, mmap, model, layout, max_cache_len)
 
     def fork(self) -> Self:
         """Return a cache that continues the same tokens on its own.

@@ -1,4 +1,4 @@
-"""Layers of a cache as named tensors and numbers, and back: what a file holds of each.
+"""Packed layers of a cache as named tensors, and back: what a file holds of each.
 
     keys              packed rows (B, Hkv, n, dim), with their scales, shift and equalizer
     keys.dense        [ sinks ][ recent ] in the model's dtype
@@ -15,20 +15,15 @@ rows into pages where its device has the kernel for them, so a file does not dep
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from quantforge.errors import FormatError, UnsupportedError
 from quantforge.llm.importance import Slots
 from quantforge.llm.joined import Part, parts_of
-from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
-from quantforge.llm.options import CacheConfig
-from quantforge.llm.sliding import QuantForgeSlidingLayer
 from quantforge.llm.store import Store
 from quantforge.ops.pages import codes_of
 from quantforge.tensor import QuantTensor
@@ -48,6 +43,7 @@ DERIVED = {
     "spec",
     "pages",
     "groups",
+    "share_of_tokens",
     "shared",
     "keep",
     "recording",
@@ -116,7 +112,7 @@ def _as_rows(part: Part) -> list[QuantTensor]:
     ]
 
 
-def _fill_store(name: str, store: Store, dense: torch.Tensor, tensors: Tensors) -> None:
+def fill_store(name: str, store: Store, dense: torch.Tensor, tensors: Tensors) -> None:
     """Give a new store its tokens, as far as a store without tiers knows where they are."""
     store.dense, store.n_dense = dense, dense.shape[2]
     for i, (part, tier) in enumerate(_tiers(name, store)):
@@ -173,12 +169,18 @@ def _check_rows(
 # ---- layers of ours ---------------------------------------------------------------------------
 
 
-def _write_packed(layer: QuantForgeLayer) -> Tensors:
+def write_packed(layer: QuantForgeLayer) -> Tensors:
+    """Return the arrays of a layer, none if it is empty."""
     stores = layer._stores()
     if not stores or stores[0].dense is None:
         return {}
-    tensors = _write_store("keys", stores[0]) | _write_store("values", stores[1])
-    if (slots := stores[0].slots) is not None:
+    return write_stores(layer, *stores)
+
+
+def write_stores(layer: QuantForgeLayer, keys: Store, values: Store) -> Tensors:
+    """Return the arrays of a layer whose stores hold all of its tokens."""
+    tensors = _write_store("keys", keys) | _write_store("values", values)
+    if (slots := keys.slots) is not None:
         tensors["slots"] = slots.tiers
         tensors["slots.blocks"] = torch.tensor(slots.blocks, dtype=torch.int32)
         dead = torch.tensor(slots.dead, dtype=torch.int32)
@@ -194,25 +196,31 @@ def _write_packed(layer: QuantForgeLayer) -> Tensors:
     return tensors
 
 
-def _fill_packed(layer: QuantForgeLayer, tensors: Tensors) -> None:
+def fill_packed(layer: QuantForgeLayer, tensors: Tensors) -> None:
+    """Give an empty layer the tokens of its arrays; `FormatError` where they do not fit."""
     if not tensors:
         return
-    dense = _pair(tensors)
+    dense = pair_of(tensors)
     layer.lazy_initialization(*dense)
     stores = (layer._keys, layer._values)
     for name, store, rows in zip(("keys", "values"), stores, dense, strict=True):
-        _fill_store(name, store, rows, tensors)
-    for keys, values in zip(*(list(_tiers("", store)) for store in stores), strict=True):
-        if keys[1].n_rows != values[1].n_rows:
-            raise FormatError(
-                f"values{values[0]} must have as many packed rows as the keys; got "
-                f"{values[1].n_rows} and {keys[1].n_rows}"
-            )
+        fill_store(name, store, rows, tensors)
+    check_alike(*stores)
     if layer._keys.tiers and layer._keys.groups is None and layer._keys.n_rows:
         slots = _slots(layer._keys, tensors)
         for store in stores:
             store.slots, store.n_packed = slots, slots.alive
-    _fill_queries(layer, tensors)
+    fill_queries(layer, tensors)
+
+
+def check_alike(keys: Store, values: Store) -> None:
+    """Raise `FormatError` unless keys and values have the same packed rows."""
+    for (name, k), (_, v) in zip(_tiers("", keys), _tiers("", values), strict=True):
+        if k.n_rows != v.n_rows:
+            raise FormatError(
+                f"values{name} must have as many packed rows as the keys; got {v.n_rows} and "
+                f"{k.n_rows}"
+            )
 
 
 def _slots(store: Store, tensors: Tensors) -> Slots:
@@ -239,7 +247,8 @@ def _slots(store: Store, tensors: Tensors) -> Slots:
     return Slots(tiers, tuple(map(tuple, blocks.tolist())), tuple(map(tuple, spans)))
 
 
-def _fill_queries(layer: QuantForgeLayer, tensors: Tensors) -> None:
+def fill_queries(layer: QuantForgeLayer, tensors: Tensors) -> None:
+    """Let a layer remember the queries that it has seen."""
     queries = layer._queries
     if "queries.recent" in tensors:
         queries.recent = [tensors["queries.recent"]]
@@ -252,7 +261,7 @@ def _fill_queries(layer: QuantForgeLayer, tensors: Tensors) -> None:
         queries.scale = None if scale != scale else scale
 
 
-def _pair(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_of(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Return dense keys and values that fit each other."""
     for name in ("keys.dense", "values.dense"):
         if name not in tensors:
@@ -265,78 +274,3 @@ def _pair(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
             f"got {tuple(keys.shape)} of {keys.dtype} and {tuple(values.shape)} of {values.dtype}"
         )
     return keys, values
-
-
-# ---- layers of transformers -------------------------------------------------------------------
-
-
-def _write_dense(layer: DynamicLayer) -> Tensors:
-    if layer.keys is None or layer.values is None:
-        return {}
-    return {"keys.dense": layer.keys, "values.dense": layer.values}
-
-
-def _fill_dense(layer: DynamicLayer, tensors: Tensors) -> None:
-    if tensors:
-        keys, values = _pair(tensors)
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How layers of a class are written and read.
-
-    Attributes:
-        layer: the class.
-        make: (settings, fields) -> an empty layer.
-        write: layer -> tensors.
-        fill: (layer, tensors) gives an empty layer its tokens; raises `FormatError`.
-        fields: integers of the layer that belong in the file: {name in the file: attribute}.
-    """
-
-    layer: type
-    make: Callable[[CacheConfig, Fields], Any]
-    write: Callable[[Any], Tensors] = _write_packed
-    fill: Callable[[Any, Tensors], None] = _fill_packed
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-
-WINDOW = {"sliding_window": "sliding_window", "tokens": "cumulative_length"}
-KINDS = {
-    "full": Kind(QuantForgeLayer, lambda options, fields: QuantForgeLayer(options)),
-    "latent": Kind(
-        LatentLayer,
-        lambda options, fields: LatentLayer(options, fields["rank"]),
-        fields={"rank": "rank"},
-    ),
-    "sliding": Kind(
-        QuantForgeSlidingLayer,
-        lambda options, fields: QuantForgeSlidingLayer(options, fields["sliding_window"]),
-        fields=WINDOW,
-    ),
-    "dense": Kind(DynamicLayer, lambda options, fields: DynamicLayer(), _write_dense, _fill_dense),
-    "dense_sliding": Kind(
-        DynamicSlidingWindowLayer,
-        lambda options, fields: DynamicSlidingWindowLayer(fields["sliding_window"]),
-        _write_dense,
-        _fill_dense,
-        WINDOW,
-    ),
-}
-"""By the name in files, which stays when classes move."""
-
-
-def kind_of(layer: Any) -> str:
-    """Return the kind of a layer.
-
-    Raises:
-        UnsupportedError: for one that files do not hold.
-    """
-    for name, kind in KINDS.items():
-        if type(layer) is kind.layer:
-            return name
-    raise UnsupportedError(
-        f"files do not hold a {type(layer).__name__}; they hold "
-        f"{', '.join(sorted(kind.layer.__name__ for kind in KINDS.values()))}"
-    )
