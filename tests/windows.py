@@ -68,7 +68,13 @@ class Pair:
     """The window of a case, and an oracle for each head of keys and of values."""
 
     def __init__(
-        self, case: Case, device: torch.device, *, measured: bool, shifts: bool = True
+        self,
+        case: Case,
+        device: torch.device,
+        *,
+        measured: bool,
+        shifts: bool = True,
+        queries: bool = False,
     ) -> None:
         self.case, self.specs = case, (case.k, case.v)
         lead = (case.batch, case.heads)
@@ -93,6 +99,12 @@ class Pair:
                 for j, head in enumerate(self.heads[i]):
                     head.shift = shift.reshape(-1, 1, shift.shape[-1])[j]
                     head.equalizer = equalizer.reshape(-1, 1, shift.shape[-1])[j]
+        if queries:  # whose RMS was seen before the first page is packed
+            rms = np.exp(2 * gaussian(*lead, 1, case.k.dim, seed=9))
+            rms[..., 3] = 0
+            self.window.k_statistics[2] = torch.from_numpy(rms)
+            for j, head in enumerate(self.heads[0]):
+                head.query_rms = rms.reshape(-1, 1, case.k.dim)[j].astype(np.float64)
         self.flags = (shifts and not measured, not measured)
 
     def append(self, q: int, impl: Impl = "auto") -> None:
@@ -116,6 +128,14 @@ class Pair:
             self.window, *new, self.specs, n_sinks=case.sinks, page=case.page,
             shift=self.flags[0], equalizer=self.flags[1], impl=impl,
         )  # fmt: skip
+
+    def crop(self, tokens: int) -> None:
+        """Remove packed tokens from both, and all dense rows but the sinks."""
+        n_packed = int(self.window.counts[0, 0]) - tokens
+        self.window.counts[0] = n_packed
+        self.window.counts[1] = self.case.sinks
+        for head in (*self.heads[0], *self.heads[1]):
+            head.crop(n_packed, self.case.sinks)
 
     def held(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return dense rows, codes and scales of keys (0) or values (1), by head."""
@@ -147,7 +167,7 @@ class Pair:
     def check_measured(self, tolerance: float) -> None:
         """Assert that shift and equalizer are what the oracles measured."""
         for i in range(2):
-            statistics = to_numpy(self.window[6 + i]).reshape(2, -1, self.specs[i].dim)
+            statistics = to_numpy(self.window[6 + i]).reshape(3, -1, self.specs[i].dim)
             for j, head in enumerate(self.heads[i]):
                 assert head.shift is not None, "nothing was measured"
                 assert head.equalizer is not None, "nothing was measured"

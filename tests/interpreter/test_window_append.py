@@ -36,9 +36,29 @@ def test_holds_what_the_oracle_holds(case: Case, dtype: torch.dtype) -> None:
         pair.check()
 
 
-@pytest.mark.parametrize(("name", "shifts"), [("pages-4", True), ("rows", True), ("rows", False)])
-def test_measures_before_the_first_page(name: str, shifts: bool) -> None:
-    pair = Pair(replace(CASES[name], batch=1), CPU, measured=False, shifts=shifts)
+@pytest.mark.parametrize("kept", [1, 0.4])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fills_a_page_that_a_crop_has_left_in_part(case: Case, kept: float) -> None:
+    pair = Pair(replace(case, batch=1), CPU, measured=True)
+    while int(pair.window.counts[0, 0]) < 2 * case.page:
+        pair.append(1, "eager")
+    pair.crop(case.page - max(1, int(kept * case.page)) if kept < 1 else case.page - 1)
+    first = int(pair.window.counts[0, 0])
+    while int(pair.window.counts[0, 0]) == first:
+        pair.append(case.most, "triton")
+    pair.check()
+    assert int(pair.window.counts[0, 0]) == 2 * case.page
+    while int(pair.window.counts[0, 0]) == 2 * case.page:
+        pair.append(case.most, "triton")
+    pair.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "shifts", "queries"),
+    [("pages-4", True, True), ("rows", True, False), ("rows", False, True)],
+)
+def test_measures_before_the_first_page(name: str, shifts: bool, queries: bool) -> None:
+    pair = Pair(replace(CASES[name], batch=1), CPU, measured=False, shifts=shifts, queries=queries)
     _jump(pair, measured=False)
     pair.append(1, "triton")
     assert not pair.window.v_statistics[0].any()

@@ -276,12 +276,65 @@ def test_crop(where: Where, tokens: int) -> None:
     assert layer.get_seq_length() == 120 - tokens
     for i in range(2):
         torch.testing.assert_close(decoded(layer, i), before[i][:, :, : 120 - tokens])
+    n_packed, sinks = layer._lengths()[0], where.settings["sinks"]
     new = torch.randn(2, 2, 1, 64)
     for _ in range(90):  # the window fills again, and pages leave it
         layer.update(new, new)
     assert layer.get_seq_length() == 210 - tokens
+    assert layer._lengths()[0] % layer._page == 0  # a page left in part was filled
+    if n_packed:  # what was packed before was not coded again
+        for i in range(2):
+            kept = slice(sinks, sinks + n_packed)
+            assert torch.equal(decoded(layer, i)[:, :, kept], before[i][:, :, kept])
     assert torch.equal(decoded(layer, 0)[:, :, -1:], new)
     assert addresses(layer) == held
+
+
+@pytest.mark.parametrize("most", [1, 5, 60])
+def test_chunks_fill_a_page_that_a_crop_has_left_in_part(where: Where, most: int) -> None:
+    """Steps by the window and chunks by the stores keep the same codes, and lose nothing."""
+    layer = filled(where)
+    layer.crop(-61)
+    first = layer._lengths()[0]
+    assert first % layer._page
+    expected = [decoded(layer, i) for i in range(2)]
+    new = torch.randn((2, 2, 2, 120, 64), generator=torch.Generator().manual_seed(1))
+    for start in range(0, 120, most):
+        layer.update(*new[:, :, :, start : start + most])
+    n_packed, n_dense = layer._lengths()
+    assert n_packed + n_dense == 179
+    assert n_packed % layer._page == 0
+    assert not layer._window.counts[2].any()
+    assert n_dense <= layer._window.k_dense.shape[2]
+    for i in range(2):
+        got = decoded(layer, i)
+        packed = slice(where.settings["sinks"], where.settings["sinks"] + first)
+        assert torch.equal(got[:, :, packed], expected[i][:, :, packed])
+        torch.testing.assert_close(got[:, :, 59:], new[i], rtol=0.3, atol=1.0)
+
+
+def test_queries_of_a_prompt_count_when_the_first_page_is_packed_later(where: Where) -> None:
+    """A prompt too short to pack: its queries weigh the channels of the page packed in a graph."""
+    forward, _ = compiled(where.model)
+    cache, unseen = where.cache(), where.cache()
+    for c in (cache, unseen):
+        where.model(prompt(3), past_key_values=c)
+    seen = cache.layers[0]._queries.rms
+    window = cache.layers[0]._window
+    assert seen is not None
+    assert torch.equal(window.k_statistics[2], seen)
+    for layer in unseen.layers:
+        layer._window.k_statistics[2].zero_()
+    for _ in range(100):
+        for c in (cache, unseen):
+            forward(prompt(1), past_key_values=c)
+    assert int(window.counts[0, 0]) > 0
+    assert torch.equal(window.k_statistics[2], seen)
+    other = unseen.layers[0]._window.k_statistics
+    assert torch.equal(window.k_statistics[0], other[0])
+    assert not torch.allclose(window.k_statistics[1], other[1], rtol=1e-2)
+    cache.reset()
+    assert not window.k_statistics[2].any()
 
 
 def test_batch_operations(where: Where) -> None:

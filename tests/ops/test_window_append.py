@@ -50,11 +50,32 @@ def test_holds_what_the_oracle_holds(case: Case, where: Where) -> None:
 
 
 @pytest.mark.parametrize("where", IMPLS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_fills_a_page_that_a_crop_has_left_in_part(case: Case, where: Where) -> None:
+    """Codes that were kept stay, the next ones fill the page, and pages are whole from there on."""
+    pair = _pair(where, replace(case, pages=4), measured=True)
+    while int(pair.window.counts[0, 0]) < 2 * case.page:
+        pair.append(1, where[1])
+    pair.crop(1 + case.page // 3)
+    pair.check()
+    packed = []
+    while int(pair.window.counts[2, 0]) == 0:
+        pair.append(case.most, where[1])
+        pair.check()
+        packed.append(int(pair.window.counts[0, 0]))
+    kept = 2 * case.page - 1 - case.page // 3
+    assert set(packed) == {kept, 2 * case.page, 3 * case.page, 4 * case.page}
+
+
+@pytest.mark.parametrize("where", IMPLS)
 @pytest.mark.parametrize("name", ["pages-4", "rows"])
 @pytest.mark.parametrize("shifts", [True, False])
-def test_measures_before_the_first_page(shifts: bool, name: str, where: Where) -> None:
+@pytest.mark.parametrize("queries", [True, False])
+def test_measures_before_the_first_page(
+    queries: bool, shifts: bool, name: str, where: Where
+) -> None:
     case = replace(CASES[name], dtype=where[2])
-    pair = Pair(case, torch.device(where[0]), measured=False, shifts=shifts)
+    pair = Pair(case, torch.device(where[0]), measured=False, shifts=shifts, queries=queries)
     while int(pair.window.counts[0, 0]) == 0:
         assert not pair.window.k_statistics[0].any()
         pair.append(1, where[1])

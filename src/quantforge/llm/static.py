@@ -19,12 +19,23 @@ import torch
 from quantforge.errors import ConfigError, InputError
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
-from quantforge.llm.paged import PagedRows, PageFormat
+from quantforge.llm.paged import PageFormat
 from quantforge.llm.static_view import Meta, StaticTensor
 from quantforge.llm.store import Store
 from quantforge.ops.window_append import op as window_append_op
 from quantforge.ops.window_append.api import DENSE, LOST, PACKED, Window, new_window
 from quantforge.spec import QuantSpec, check_int
+
+
+class WholePages(Store):
+    """A store that fills the page which a crop has left in part before it begins another."""
+
+    @property
+    def due(self) -> int:
+        """Tokens that have left the window and fill pages."""
+        size = self.options.page_size
+        kept = self.n_packed % size
+        return max(0, (self._recent - self.options.window + kept) // size * size - kept)
 
 
 class QuantForgeStaticLayer(QuantForgeLayer):
@@ -84,7 +95,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
 
     def _new_store(self, spec: QuantSpec, pages: PageFormat | None) -> Store:
         page = self.options.page_size if pages is None else pages.layout.tokens
-        return Store(dataclasses.replace(self.options, page_size=page), spec, pages)
+        return WholePages(dataclasses.replace(self.options, page_size=page), spec, pages)
 
     def _adopt(self, window: Window) -> None:
         """Make buffers those of the layer; graphs may count on their addresses."""
@@ -135,11 +146,15 @@ class QuantForgeStaticLayer(QuantForgeLayer):
             self.lazy_initialization(key_states, value_states)
         held, q = self._lengths(), key_states.shape[2]
         self._check_room(sum(held), q)
-        if q > self._most or (q > 1 and sum(held) == 0):
+        rows, kept = self._window.k_dense.shape[2], held[0] % self._page
+        # a cache loaded from one of other pages may hold more beside a page in part
+        crowded = held[1] + q > rows + self._page - kept
+        if q > self._most or crowded or (q > 1 and sum(held) == 0):
             return self._extend(key_states, value_states, args, kwargs)
         with torch.inference_mode(False), torch.no_grad():
             views = self._append(key_states, value_states)
-        moved = self._page if held[1] + q > self._window.k_dense.shape[2] else 0
+        # what the operator does, which the host cannot see
+        moved = self._page - kept if held[1] + q > rows - kept else 0
         self._held = (held[0] + moved, held[1] + q - moved)
         return views
 
@@ -202,7 +217,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
             store.n_dense = n_dense
             store.dense = dense[:, :, :n_dense].clone() if n_dense else None
             measured = n_packed > 0
-            shift, equalizer = statistics.clone().unbind(0)
+            shift, equalizer, _ = statistics.clone().unbind(0)
             store.shift = shift if measured and self.options.shift else None
             store.equalizer = equalizer if measured and self.options.equalizer else None
 
@@ -219,9 +234,15 @@ class QuantForgeStaticLayer(QuantForgeLayer):
                 if measured is not None:
                     statistics[i] = measured
             store.dense = None
+        self._tell_queries()
         self._pending = False
         self._set_lengths(self._keys.n_packed, self._keys.n_dense)
         self._adopt(w)  # a copy of the layer has new addresses
+
+    def _tell_queries(self) -> None:
+        """Let the window know the queries seen so far: its first page may be packed in a graph."""
+        if (rms := self._queries.rms) is not None:
+            self._window.k_statistics[2] = rms
 
     def _settle(self) -> None:
         if not (self.is_initialized and self._pending):
@@ -244,6 +265,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
             heads = self._window.k_dense.shape[1]
             with torch.inference_mode(False), torch.no_grad():
                 self._queries.see(query, heads, self._new_tokens, scale)
+                self._tell_queries()
 
     def _stores(self) -> tuple[Any, ...]:
         self._settle()
@@ -333,45 +355,18 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         self._pending = False
         self._queries = type(self._queries)()
         with torch.inference_mode(False), torch.no_grad():
+            self._window.k_statistics[2].zero_()
             self._set_lengths(0, 0)
             self._load()
 
     def _crop(self, tokens: int) -> None:
-        """Remove tokens: recent ones first, then packed ones, then sinks.
-
-        Where the last page is left in part, its tokens become dense rows again, decoded.
-        """
+        """Remove tokens: recent ones first, then packed ones, then sinks. Codes stay."""
         self._settle()
         n_packed, n_dense = self._lengths()
         recent = min(tokens, n_dense - min(self.options.sinks, n_dense))
         packed = min(tokens - recent, n_packed)
-        n_packed, n_dense = n_packed - packed, n_dense - (tokens - packed)
         with torch.inference_mode(False), torch.no_grad():
-            rest = n_packed % self._page
-            if packed and rest and self._keys.pages is not None:
-                self._load()
-                self._decode_page(n_packed // self._page, rest)
-                n_packed, n_dense = n_packed - rest, n_dense + rest
-                for store in (self._keys, self._values):
-                    store.dense = None
-            self._set_lengths(n_packed, n_dense)
-
-    def _decode_page(self, page: int, tokens: int) -> None:
-        """Write the first tokens of a page behind the sinks."""
-        w, sinks = self._window, self.options.sinks
-        for store, dense, packed in (
-            (self._keys, w.k_dense, w.k_packed),
-            (self._values, w.v_dense, w.v_packed),
-        ):
-            rows = PagedRows(
-                packed[:, page : page + 1],
-                tokens,
-                store.pages,
-                store.shift,
-                store.equalizer,
-                dense.dtype,
-            ).rows
-            dense[:, :, sinks : sinks + tokens] = rows.dequantize(dense.dtype)
+            self._set_lengths(n_packed - packed, n_dense - (tokens - packed))
 
     def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every buffer t by f(t), in place where the shape and the device stay."""

@@ -42,7 +42,7 @@ class StaticTensor(torch.Tensor):
         dense: (B, Hkv, rows, dim): sinks and recent tokens.
         packed: rows or pages of codes.
         scales: of rows; (0,) of pages.
-        statistics: (2, B, Hkv, 1, dim): shift and equalizer.
+        statistics: (3, B, Hkv, 1, dim): shift, equalizer, and what the window knows of queries.
         counts: (4, B) int32: packed tokens, dense rows, ...
         meta: the rest, all of it constant.
     """

@@ -4,8 +4,9 @@
              [ sinks ][ recent ............... ][ new ][ room          ]      after packing
 
 Nearly every launch only writes q rows; every `page` tokens one packs a page and moves the window up
-by a page, in steps whose rows do not overlap what is still to be read. All programs read `counts`;
-the last one to finish updates them.
+by a page, in steps that read their rows before they write. All programs read `counts`; the last one
+to finish updates them. After a crop the last page may hold some tokens already: `kept` of them,
+whose bits and scales stay, and `page - kept` rows fill it.
 
 The codes of a page are spread over words as `numerics.pages` draws them. A code contributes bits to
 a word, a word is the sum of its contributions: along the channels of a token for keys, along the
@@ -55,52 +56,70 @@ def _high_words(x, N: tl.constexpr, OTHER: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _store_words(words, at, row, N: tl.constexpr, OTHER: tl.constexpr, KEYS: tl.constexpr):
-    """Store N words for each of OTHER rows: `_words` has them along axis 1 for keys, else 0."""
-    word = tl.arange(0, N)
-    if KEYS:
-        tl.store(at + row[:, None] * N + word[None, :], words)
-    else:
-        tl.store(at + row[None, :] * N + word[:, None], words)
-
-
-@triton.jit
-def _store_page(
-    codes, page_words, T: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr
-):
-    """Store the codes (T, D) of a page as planes of words; `page_words` points to int32."""
-    N: tl.constexpr = D if KEYS else T
-    OTHER: tl.constexpr = T if KEYS else D
+def _plane(
+    codes, selected, N: tl.constexpr, OTHER: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
+    PLANE: tl.constexpr,
+):  # fmt: skip
+    """Return the words of a plane, with the bits of the selected tokens (T, 1) only."""
     PARTS: tl.constexpr = 2 if BITS == 4 else 4
     index = tl.arange(0, N)
+    index = index[None, :] if KEYS else index[:, None]
     part = index // (N // PARTS)
     i = index % 4
-    row = tl.arange(0, OTHER)
     if BITS == 4:
         symbol = tl.where(codes >= 8, codes ^ 8, codes ^ 15)
         low = 16 * part + 4 * i
         sign = 8 * i + 7 - 4 * part
-        if KEYS:
-            x = ((symbol & 7) << low[None, :]) | ((symbol >> 3) << sign[None, :])
-        else:
-            x = ((symbol & 7) << low[:, None]) | ((symbol >> 3) << sign[:, None])
-        words = _words(x, N, OTHER, PARTS, KEYS)
-        _store_words(words, page_words, row, N // 8, OTHER, KEYS)
+        x = ((symbol & 7) << low) | ((symbol >> 3) << sign)
     else:
         low = 16 * (part % 2) + 4 * i + 2 * (part // 2)
         half = (index % (N // 4)) // (N // 8)
-        if KEYS:
-            x = (codes & 3) << low[None, :]
-            high = (codes >> 2) << (low + half)[None, :]
+        if PLANE == 0:
+            x = (codes & 3) << low
         else:
-            x = (codes & 3) << low[:, None]
-            high = (codes >> 2) << (low + half)[:, None]
-        words = _words(x, N, OTHER, PARTS, KEYS)
-        _store_words(words, page_words, row, N // 16, OTHER, KEYS)
-        if BITS == 3:
-            words = _high_words(high, N, OTHER, KEYS)
-            at = page_words + T * D // 16
-            _store_words(words, at, row, N // 32, OTHER, KEYS)
+            x = (codes >> 2) << (low + half)
+    x = tl.where(selected, x, 0)
+    if PLANE == 0:
+        x = _words(x, N, OTHER, PARTS, KEYS)
+    else:
+        x = _high_words(x, N, OTHER, KEYS)
+    return x
+
+
+@triton.jit
+def _store_plane(
+    codes, token, kept, at, WORDS: tl.constexpr,
+    N: tl.constexpr, OTHER: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
+    PLANE: tl.constexpr,
+):  # fmt: skip
+    """Store WORDS words for each of OTHER rows; the bits of the first `kept` tokens stay."""
+    words = _plane(codes, token >= kept, N, OTHER, BITS, KEYS, PLANE)
+    row = tl.arange(0, OTHER)
+    word = tl.arange(0, WORDS)
+    if KEYS:  # `_words` has them along axis 1, else along axis 0
+        at += row[:, None] * WORDS + word[None, :]
+    else:
+        at += row[None, :] * WORDS + word[:, None]
+    if kept > 0:
+        # the code whose bits are all set; two threads with one word agree, whoever reads it later
+        ones = tl.zeros_like(codes) + (0 if BITS == 4 else (1 << BITS) - 1)
+        words |= tl.load(at) & _plane(ones, token < kept, N, OTHER, BITS, KEYS, PLANE)
+    tl.store(at, words)
+
+
+@triton.jit
+def _store_page(
+    codes, token, kept, page_words,
+    T: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Store the codes (T, D) of a page as planes of words; `page_words` points to int32."""
+    N: tl.constexpr = D if KEYS else T
+    OTHER: tl.constexpr = T if KEYS else D
+    LOW: tl.constexpr = N // 8 if BITS == 4 else N // 16
+    _store_plane(codes, token, kept, page_words, LOW, N, OTHER, BITS, KEYS, 0)
+    if BITS == 3:
+        at = page_words + T * D // 16
+        _store_plane(codes, token, kept, at, N // 32, N, OTHER, BITS, KEYS, 1)
 
 
 @triton.jit
@@ -109,7 +128,10 @@ def _measure(
     SHIFTS: tl.constexpr, EQUALIZES: tl.constexpr, LEAST: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Measure shift and equalizer of `count` rows as `ops.measure` does, and store them."""
+    """Measure shift and equalizer of `count` rows as `ops.measure` does, and store them.
+
+    The third row of the statistics is the RMS of the queries' channels, zeros where none was seen.
+    """
     d = tl.arange(0, D)
     r = tl.arange(0, R)
     total = tl.zeros((D,), tl.float32)
@@ -129,6 +151,9 @@ def _measure(
         x = tl.load(at, mask=inside, other=0.0).to(tl.float32) - center[None, :]
         square += tl.sum(tl.where(inside, x * x, 0.0), 0)
     rms = tl.sqrt_rn(square / count)
+    query = tl.load(statistics + 2 * other + d)
+    loudest = tl.max(query, 0)
+    rms = rms / tl.maximum(query, tl.where(loudest > 0, LEAST * loudest, 1.0))
     peak = tl.max(rms, 0)
     relative = tl.where(peak > 0, rms / tl.where(peak > 0, peak, 1.0), 1.0)
     if SHIFTS:
@@ -159,14 +184,14 @@ def _encode(
 
 
 @triton.jit
-def _move_up(recent, count, page, D: tl.constexpr, R: tl.constexpr):
-    """Move rows `page .. page + count` to the start, R <= page at a time: none reach the next."""
+def _move_up(recent, count, by, D: tl.constexpr, R: tl.constexpr):
+    """Move rows `by .. by + count` to the start, R at a time; those written have been read."""
     d = tl.arange(0, D)
     r = tl.arange(0, R)
     for start in range(0, count, R):
         inside = (start + r < count)[:, None]
         target = recent + (start + r)[:, None] * D + d[None, :]
-        moved = tl.load(target + page * D, mask=inside)
+        moved = tl.load(target + by * D, mask=inside)
         tl.debug_barrier()  # all have read before any writes
         tl.store(target, moved, mask=inside)
     tl.debug_barrier()
@@ -175,7 +200,7 @@ def _move_up(recent, count, page, D: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def _append(
     dense, packed, words, halves, scales, statistics, other, signs, table, order, x, x_row,
-    head, page_at, n_packed, n_dense, due, fits, q, rows, n_sinks, page, tokens,
+    head, page_at, n_packed, n_dense, due, moved, fits, q, rows, n_sinks, page, tokens,
     SHIFTS: tl.constexpr, EQUALIZES: tl.constexpr, LEAST: tl.constexpr,
     D: tl.constexpr, BITS: tl.constexpr, RULE: tl.constexpr, SLOPE: tl.constexpr,
     CELLS: tl.constexpr, INV_SQRT_DIM: tl.constexpr, PLANES: tl.constexpr, ROW_BYTES: tl.constexpr,
@@ -193,31 +218,32 @@ def _append(
             )
             tl.debug_barrier()  # other threads read what was measured
         if PAGED:
+            kept = page - moved
             row = tl.arange(0, T)[:, None]
             codes, scale = _encode(
-                recent, row, row < T, statistics, other, signs, table,
+                recent, row - kept, row >= kept, statistics, other, signs, table,
                 D, T, RULE, SLOPE, CELLS, INV_SQRT_DIM,
             )  # fmt: skip
             PAGE_BYTES: tl.constexpr = T * (D * BITS // 8 + 2)
             index = page_at.to(tl.int64)
-            _store_page(codes, words + index * (PAGE_BYTES // 4), T, D, BITS, KEYS)
+            _store_page(codes, row, kept, words + index * (PAGE_BYTES // 4), T, D, BITS, KEYS)
             at = halves + index * (PAGE_BYTES // 2) + T * D * BITS // 16
-            tl.store(at + tl.load(order + row), scale)
+            tl.store(at + tl.load(order + row), scale, mask=row >= kept)
         else:
-            for start in range(0, page, T):
+            for start in range(0, moved, T):
                 row = start + tl.arange(0, T)[:, None]
                 codes, scale = _encode(
-                    recent, row, row < page, statistics, other, signs, table,
+                    recent, row, row < moved, statistics, other, signs, table,
                     D, T, RULE, SLOPE, CELLS, INV_SQRT_DIM,
                 )  # fmt: skip
                 target = head.to(tl.int64) * tokens + n_packed + row
                 store_codes(
-                    codes, packed + target * ROW_BYTES, row < page,
+                    codes, packed + target * ROW_BYTES, row < moved,
                     T, D, PLANES, False, None,
                 )  # fmt: skip
-                tl.store(scales + target, scale, mask=row < page)
-        _move_up(recent, rows - n_sinks - page, page, D, MOVE)
-        n_dense -= page
+                tl.store(scales + target, scale, mask=row < moved)
+        _move_up(recent, rows - n_sinks - moved, moved, D, MOVE)
+        n_dense -= moved
     if fits:
         r = tl.arange(0, Q)
         inside = (r < q)[:, None]
@@ -252,14 +278,15 @@ def window_append_kernel(
     h = head % HKV
     n_packed = tl.load(counts + b)
     n_dense = tl.load(counts + batch + b)
-    due = (n_dense + q > rows) & (n_packed + page <= tokens)
-    fits = n_dense + q - tl.where(due, page, 0) <= rows
+    moved = page - n_packed % page
+    due = (n_dense + q > rows - page + moved) & (n_packed + moved <= tokens)
+    fits = n_dense + q - tl.where(due, moved, 0) <= rows
     page_at = (b * (tokens // page) + n_packed // page) * HKV + h
     if tl.program_id(1) == 0:
         _append(
             k_dense, k_packed, k_words, k_halves, k_scales, k_statistics, other_k, k_signs,
             k_table, order, key + b.to(tl.int64) * key_b + h.to(tl.int64) * key_h, key_q,
-            head, page_at, n_packed, n_dense, due, fits, q, rows, n_sinks, page, tokens,
+            head, page_at, n_packed, n_dense, due, moved, fits, q, rows, n_sinks, page, tokens,
             SHIFTS, EQUALIZES, LEAST,
             D, K_BITS, K_RULE, K_SLOPE, K_CELLS, K_INV_SQRT, K_PLANES, K_ROW_BYTES,
             PAGED, True, T, Q, MOVE,
@@ -268,7 +295,7 @@ def window_append_kernel(
         _append(
             v_dense, v_packed, v_words, v_halves, v_scales, v_statistics, other_v, v_signs,
             v_table, order, value + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h, value_q,
-            head, page_at, n_packed, n_dense, due, fits, q, rows, n_sinks, page, tokens,
+            head, page_at, n_packed, n_dense, due, moved, fits, q, rows, n_sinks, page, tokens,
             SHIFTS, EQUALIZES, LEAST,
             DV, V_BITS, V_RULE, V_SLOPE, V_CELLS, V_INV_SQRT, V_PLANES, V_ROW_BYTES,
             PAGED, False, T, Q, MOVE,
@@ -281,8 +308,9 @@ def window_append_kernel(
             inside = i < batch
             packed = tl.load(counts + i, mask=inside, other=0)
             dense = tl.load(counts + batch + i, mask=inside, other=0)
-            full = (dense + q > rows) & (packed + page <= tokens)
-            moved = tl.where(full, page, 0)
+            room = page - packed % page
+            full = (dense + q > rows - page + room) & (packed + room <= tokens)
+            moved = tl.where(full, room, 0)
             taken = dense + q - moved <= rows
             tl.store(counts + i, packed + moved, mask=inside)
             tl.store(counts + batch + i, dense - moved + tl.where(taken, q, 0), mask=inside)

@@ -28,11 +28,12 @@ class Window(NamedTuple):
         v_packed: likewise.
         k_scales: (B, Hkv, tokens, 1) of rows; (0,) of pages, which hold theirs.
         v_scales: likewise.
-        k_statistics: (2, B, Hkv, 1, dim) float32, shift and equalizer; zeros and ones before they
-            are measured.
-        v_statistics: (2, B, Hkv, 1, value dim).
+        k_statistics: (3, B, Hkv, 1, dim) float32: shift and equalizer, zeros and ones before they
+            are measured, and the RMS of the queries' channels, zeros where none was seen.
+        v_statistics: (3, B, Hkv, 1, value dim); values meet no queries.
         counts: (4, B) int32: packed tokens, dense rows, tokens that found no room, and in the last
             row what the kernel counts with. All sequences of a batch have the same length.
+            Packed tokens need not fill their last page: the next ones do.
     """
 
     k_dense: torch.Tensor
@@ -85,7 +86,7 @@ def _buffers(
     n_scales: tuple[int, ...] = (batch, heads, tokens, 1)
     if layout is not None:
         shape, n_scales = (batch, tokens // layout.tokens, heads, page_bytes), (0,)
-    statistics = x.new_zeros((2, batch, heads, 1, dim), dtype=torch.float32)
+    statistics = x.new_zeros((3, batch, heads, 1, dim), dtype=torch.float32)
     statistics[1].fill_(1.0)
     return (
         x.new_zeros((batch, heads, rows, dim)),
@@ -109,9 +110,11 @@ def window_append(
 ) -> None:
     """Write q tokens behind the dense rows; where they do not fit, pack the oldest page first.
 
-    The page is the first `page` rows behind the sinks; the rows behind it move up. Before the first
-    page is packed, shift and equalizer are measured on all recent rows. Tokens for which there is
-    no room, because the packed buffer is full, are counted and left out.
+    The page is the first `page` rows behind the sinks; the rows behind it move up. A page of which
+    n tokens are held already, after a crop, takes `page - n` rows as soon as n rows less would have
+    room, so that full pages are as many dense rows apart as ever. Before the first page is packed,
+    shift and equalizer are measured on all recent rows, and on the queries seen. Tokens for which
+    there is no room, because the packed buffer is full, are counted and left out.
 
     Nothing waits for the device, and the launches do not depend on any length, so a captured graph
     can be replayed as the window fills.

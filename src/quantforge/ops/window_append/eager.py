@@ -5,18 +5,25 @@ from __future__ import annotations
 import torch
 
 from quantforge.numerics.pages import PageLayout, page_layout
-from quantforge.numerics.statistics import EQUALIZER_EXPONENT, MIN_EQUALIZER
-from quantforge.ops.pages import codes_of, key_pages, value_pages
+from quantforge.ops.measure import equalizer_of
+from quantforge.ops.pages import (
+    codes_of,
+    key_pages,
+    read_key_pages,
+    read_value_pages,
+    value_pages,
+)
 from quantforge.ops.quantize import eager as quantize
 from quantforge.spec import QuantSpec
 
 
 def _measure(
-    x: torch.Tensor, count: torch.Tensor, shifts: bool
+    x: torch.Tensor, count: torch.Tensor, query_rms: torch.Tensor, shifts: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return shift and equalizer of the first `count` of the rows x (..., n, dim).
 
-    As `ops.measure` does; without a shift channels are coded, and measured, about zero.
+    As `ops.measure` does; without a shift channels are coded, and measured, about zero. An RMS of
+    queries (..., 1, dim) that is zero counts as none.
     """
     x = x.to(torch.float32)
     valid = (torch.arange(x.shape[-2], device=x.device) < count)[:, None]
@@ -24,16 +31,17 @@ def _measure(
     shift = torch.where(valid, x, 0.0).sum(-2, keepdim=True) / n
     square = torch.where(valid, (x - shift if shifts else x).square(), 0.0)
     rms = (square.sum(-2, keepdim=True) / n).sqrt()
-    peak = rms.amax(-1, keepdim=True)
-    relative = torch.where(peak > 0, rms / peak, 1.0)
-    return shift, relative.pow(EQUALIZER_EXPONENT).clamp_min(MIN_EQUALIZER)
+    return shift, equalizer_of(rms, query_rms)
 
 
 def _put(
     buffer: torch.Tensor, dim: int, index: torch.Tensor, new: torch.Tensor, wanted: torch.Tensor
 ) -> None:
-    """Write rows `index` of a buffer where wanted, a scalar on the device."""
-    index = index.clamp(0, buffer.shape[dim] - 1)
+    """Write rows `index` of a buffer where wanted: a scalar on the device, or one of each row.
+
+    What is not wanted may lie behind the end: it writes what is there, in a row of its own.
+    """
+    index = index.remainder(buffer.shape[dim])
     old = buffer.index_select(dim, index)
     buffer.index_copy_(dim, index, torch.where(wanted, new.to(buffer.dtype), old))
 
@@ -53,25 +61,35 @@ def _pack(
     layout: PageLayout | None,
     holds_keys: bool,
 ) -> None:
-    """Pack the first page behind the sinks where it is due, and move the rest up."""
+    """Fill a page with the first rows behind the sinks where it is due, and move the rest up."""
     recent = dense[:, :, n_sinks:]
     first = due & (n_packed == 0)
-    for i, new in enumerate(_measure(recent, n_recent, flags[0])):
+    for i, new in enumerate(_measure(recent, n_recent, statistics[2], flags[0])):
         if flags[i]:
             statistics[i] = torch.where(first, new, statistics[i])
+    token = torch.arange(page, device=dense.device)
+    kept = n_packed % page  # tokens that the page holds already
+    source = (token - kept).remainder(page)
     rows, row_scales = quantize.quantize(
-        recent[:, :, :page], statistics[0], statistics[1], spec.key
+        recent.index_select(2, source), statistics[0], statistics[1], spec.key
     )
     if layout is None:
-        index = n_packed + torch.arange(page, device=dense.device)
-        _put(packed, 2, index, rows, due)
-        _put(scales, 2, index, row_scales, due)
+        index, wanted = n_packed - kept + token, (due & (token >= kept))[:, None]
+        _put(packed, 2, index, rows, wanted)
+        _put(scales, 2, index, row_scales, wanted)
     else:
-        make = key_pages if holds_keys else value_pages
-        pages = make(codes_of(rows, spec.dim, spec.bits), row_scales[..., 0], layout)
-        _put(packed, 1, (n_packed // page)[None], pages.transpose(1, 2), due)
-    target = recent[:, :, : recent.shape[2] - page]
-    target.copy_(torch.where(due, recent[:, :, page:], target))
+        make, read = (key_pages, read_key_pages) if holds_keys else (value_pages, read_value_pages)
+        index = (n_packed // page)[None]
+        at = index.clamp_max(packed.shape[1] - 1)
+        old_codes, old_scales = read(packed.index_select(1, at).transpose(1, 2), layout)
+        is_old = token < kept
+        codes = codes_of(rows, spec.dim, spec.bits)
+        codes = torch.where(is_old[:, None], old_codes.to(codes.dtype), codes)
+        pages = make(codes, torch.where(is_old, old_scales, row_scales[..., 0]), layout)
+        _put(packed, 1, index, pages.transpose(1, 2), due)
+    moved = torch.arange(recent.shape[2], device=dense.device) + (page - kept)
+    rest = recent.index_select(2, moved.clamp_max(recent.shape[2] - 1))
+    recent.copy_(torch.where(due, rest, recent))
 
 
 def window_append(
@@ -101,7 +119,8 @@ def window_append(
     if counts.shape[1] == 0 or q == 0:
         return
     n_packed, n_dense = counts[0, 0].long(), counts[1, 0].long()
-    due = (n_dense + q > rows) & (n_packed + page <= capacity)
+    room = page - n_packed % page  # of the page that is filled next
+    due = (n_dense + q > rows - page + room) & (n_packed + room <= capacity)
     if k_dense.device.type != "cpu" or bool(due):
         for dense, packed, scales, statistics, spec, holds_keys in (
             (k_dense, k_packed, k_scales, k_statistics, k_spec, True),
@@ -111,7 +130,7 @@ def window_append(
                 *(dense, packed, scales, statistics, n_packed, n_dense - n_sinks, due),
                 *(n_sinks, page, (shifts, equalizes), spec, layout, holds_keys),
             )
-    moved = page * due
+    moved = room * due
     n_dense = n_dense - moved
     fits = n_dense + q <= rows
     index = n_dense + torch.arange(q, device=k_dense.device)

@@ -133,7 +133,6 @@ def window_append(
         layout = page_layout(QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key))
         order, tile = scale_places(layout.tokens, device), layout.tokens
         views = tuple(t.view(d) for d in (torch.int32, torch.float16) for t in (k_packed, v_packed))
-    # rows that are moved at a time must not reach the rows they come from
     move = min(TILE, 1 << (page.bit_length() - 1))
     window_append_kernel[(batch * heads, 2)](
         k_dense, v_dense, k_packed, v_packed, *views, k_scales, v_scales,
