@@ -37,7 +37,7 @@ class Head:
     shift: F32 | None = None
     equalizer: F32 | None = None
     shifts: bool = True
-    query_rms: F32 | None = None
+    query_rms: NDArray[np.float64] | None = None
     dense: list[NDArray[np.floating]] = field(default_factory=list)
     codes: list[NDArray[np.uint8]] = field(default_factory=list)
     scales: list[NDArray[np.floating]] = field(default_factory=list)
