@@ -7,4 +7,5 @@ codebook    centroids and boundaries by dim, bits and name
 packing     codes to bit planes and back
 encode      the bit-exact float32 definition of quantization, and its inverse
 statistics  shift and equalizer
+vectors     codes for search that know the data: the float64 oracle
 """

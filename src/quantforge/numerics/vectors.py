@@ -1,0 +1,266 @@
+"""Codes of vectors for search: three ways of knowing the data, one format. The float64 oracle.
+
+    r = x - mean                                     q is centred too: p = q - mean
+    u = F r            F = diag(1/step) B diag(1/equalizer)
+    g = sqrt(sum w u^2 / sum w)                      one number per vector
+    code_i = nearest centroid of u_i / g with bits_i bits (0 bits: no code, c_i = 0)
+    scale  = sum w u^2 / sum w u c
+    <q, x> ~= <q, mean> + <mean, r> + scale <G p, c>     G = diag(step) B diag(equalizer)
+
+    mode          mean, equalizer   basis B              step, bits
+    oblivious     0, 1              random rotation      1, all equal
+    centred       of the data       random rotation      one step, all equal
+    adapted       mean, 1           PCA, then a random   RMS of the segment; bits chosen for the
+                                    rotation inside      least error of scores
+                                    each segment
+
+Segments are runs of 16 principal directions, loud ones first. Bits minimize the sum over segments
+of `variance * energy^0.5 * D(bits)`: D is the distortion of Lloyd-Max and energy the variance of
+queries, for which the vectors stand in. The weights w of an adapted code are energy^0.5 likewise;
+of the others 1. <mean, r> is exact, so what is coded is the part that no mean explains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantforge.errors import InputError
+from quantforge.numerics.codebook import load_codebook
+from quantforge.numerics.lloyd_max import distortion
+from quantforge.numerics.rotation import haar_matrix, rotation_matrix
+from quantforge.numerics.statistics import equalizer_from_rms
+from quantforge.spec import MAX_BITS, QuantSpec, Rotation, hadamard_base
+
+F64 = NDArray[np.float64]
+Mode = Literal["oblivious", "centred", "adapted"]
+
+SEGMENT = 16
+ENERGY_EXPONENT = 0.5
+MIN_STEP = 1e-6
+"""Least step relative to the greatest: directions without variance must not divide by zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over a sample of n vectors, about a pivot near their mean.
+
+    Attributes:
+        n: vectors.
+        pivot: (dim,).
+        total: (dim,), the sum of x - pivot.
+        outer: (dim, dim), the sum of (x - pivot)(x - pivot)^T.
+        fourth: the sum of |x - pivot|^4.
+    """
+
+    n: int
+    pivot: F64
+    total: F64
+    outer: F64
+    fourth: float
+
+    @property
+    def mean(self) -> F64:
+        """Mean of the vectors."""
+        return self.pivot + self.total / self.n
+
+    @property
+    def covariance(self) -> F64:
+        """Covariance, shrunk towards a multiple of the identity by Ledoit and Wolf's rule.
+
+        Without it few vectors of isotropic data seem to have loud and quiet directions.
+        Source: Ledoit and Wolf, J. Multivariate Analysis 88 (2004), section 3.3.
+        """
+        offset = self.total / self.n
+        sample = self.outer / self.n - np.outer(offset, offset)
+        level = np.trace(sample) / len(sample)
+        target = level * np.eye(len(sample))
+        spread = np.square(sample - target).sum()
+        noise = (self.fourth / self.n - np.square(sample).sum()) / self.n
+        share = float(np.clip(noise / spread, 0, 1)) if spread > 0 else 1.0
+        return share * target + (1 - share) * sample
+
+
+@dataclass(frozen=True, eq=False)
+class VectorCode:
+    """What is known of the data, and so how vectors are coded.
+
+    Attributes:
+        mean, equalizer: (dim,).
+        basis: (dim, dim) orthogonal, rows are directions.
+        step: (dim,) one per direction.
+        weights: (dim,) of the scale rule.
+        bits: (dim,) of each direction, falling.
+    """
+
+    mean: F64
+    equalizer: F64
+    basis: F64
+    step: F64
+    weights: F64
+    bits: NDArray[np.int64]
+
+    @property
+    def groups(self) -> list[tuple[int, slice]]:
+        """Bits and directions of each run of equal bits; those without code are left out."""
+        found = []
+        for bits in range(MAX_BITS, 0, -1):
+            where = np.flatnonzero(self.bits == bits)
+            if where.size:
+                found.append((bits, slice(int(where[0]), int(where[-1]) + 1)))
+        return found
+
+    @property
+    def forward(self) -> F64:
+        """F, (dim, dim)."""
+        return self.basis / self.step[:, None] / self.equalizer
+
+    @property
+    def dual(self) -> F64:
+        """G, (dim, dim): F^T G is the identity."""
+        return self.basis * self.step[:, None] * self.equalizer
+
+    @property
+    def error_weights(self) -> F64:
+        """Per direction, the variance of the error of `scale c` in units of scale^2.
+
+        A coordinate u becomes `scale ((1 - D) u + noise of variance D (1 - D))`, and the scale
+        divides by the weighted mean of 1 - D.
+        """
+        lost = distortions()[self.bits]
+        kept = (self.weights * (1 - lost)).sum() / self.weights.sum()
+        return (1 - lost - kept) ** 2 + lost * (1 - lost)
+
+
+@lru_cache(maxsize=1)
+def distortions() -> F64:
+    """Return the mean square error of a Gaussian coordinate at 0-8 bits, (9,)."""
+    found = [1.0]
+    for bits in range(1, MAX_BITS + 1):
+        centroids = load_codebook("gaussian", bits, SEGMENT).centroids.astype(np.float64)
+        found.append(distortion(centroids[len(centroids) // 2 :]))
+    return np.array(found)
+
+
+def plain_spec(dim: int, bits: int, seed: int) -> QuantSpec:
+    """Return the spec of a run of directions; its rotation is the one to undo or to reuse."""
+    rotation: Rotation = "qr" if hadamard_base(dim) is None else "hadamard"
+    return QuantSpec(dim, bits, rotation=rotation, seed=seed, codebook="gaussian")
+
+
+def allocate(variance: F64, widths: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+    """Return bits 0-8 of segments, at most `budget` bits a vector in all.
+
+    Greedy by gain per dimension, which is optimal for equal widths: D is convex.
+    """
+    lost = distortions()
+    cost = variance ** (1 + ENERGY_EXPONENT)
+    bits = np.zeros(len(variance), np.int64)
+    left = budget
+    while True:
+        gain = np.full(len(bits), -1.0)
+        open_ = (bits < MAX_BITS) & (widths <= left)
+        gain[open_] = cost[open_] * (lost[bits[open_]] - lost[bits[open_] + 1])
+        best = int(np.argmax(gain))
+        if gain[best] < 0:
+            return np.minimum.accumulate(bits)
+        bits[best] += 1
+        left -= int(widths[best])
+
+
+def oblivious(dim: int, bits: int, seed: int) -> VectorCode:
+    """Return the code that knows nothing of the data."""
+    ones = np.ones(dim)
+    basis = rotation_matrix(plain_spec(dim, bits, seed))
+    return VectorCode(np.zeros(dim), ones, basis, ones, ones, np.full(dim, bits))
+
+
+def learn(mode: Mode, moments: Moments, bits: int, seed: int) -> VectorCode:
+    """Return the code of a mode for data with these moments.
+
+    Raises:
+        InputError: for fewer than two vectors.
+    """
+    dim = len(moments.pivot)
+    if mode == "oblivious":
+        return oblivious(dim, bits, seed)
+    if moments.n < 2:
+        raise InputError(
+            f'mode="{mode}" learns from at least 2 vectors; got {moments.n}; give more, or use '
+            'mode="oblivious"'
+        )
+    covariance, ones = moments.covariance, np.ones(dim)
+    if mode == "centred":
+        variance = np.maximum(np.diag(covariance), 0)
+        equalizer = equalizer_from_rms(np.sqrt(variance))
+        level = float(np.sqrt((variance / equalizer**2).mean())) or 1.0
+        basis = rotation_matrix(plain_spec(dim, bits, seed))
+        return VectorCode(moments.mean, equalizer, basis, level * ones, ones, np.full(dim, bits))
+    values, vectors = np.linalg.eigh(covariance)
+    order = np.argsort(-values, kind="stable")
+    values, basis = np.maximum(values[order], 0), vectors.T[order]
+    starts = np.arange(0, dim, SEGMENT)
+    widths = np.minimum(SEGMENT, dim - starts)
+    variance = np.add.reduceat(values, starts) / widths
+    for i, (start, width) in enumerate(zip(starts, widths, strict=True)):
+        part = slice(start, start + width)
+        basis[part] = haar_matrix(int(width), (seed + 1 + i) % 2**32) @ basis[part]
+    peak = float(variance.max())
+    step = np.sqrt(np.maximum(variance, MIN_STEP**2 * peak)) if peak > 0 else np.ones(len(widths))
+    weights = step ** (2 + 2 * ENERGY_EXPONENT)
+    chosen = allocate(variance, widths, bits * dim)
+    spread = [np.repeat(part, widths) for part in (step, weights / weights.mean(), chosen)]
+    return VectorCode(moments.mean, ones, basis, *spread)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedVectors:
+    """Codes (n, dim) uint8, scales (n,) fp16 and exact <mean, r> (n,) float64."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+    offsets: F64
+
+
+def _centroids(code: VectorCode, codes: NDArray[np.uint8]) -> F64:
+    c = np.zeros(codes.shape)
+    for bits, where in code.groups:
+        centroids = load_codebook("gaussian", bits, where.stop - where.start).centroids
+        c[:, where] = centroids.astype(np.float64)[codes[:, where]]
+    return c
+
+
+def encode(code: VectorCode, x: F64) -> EncodedVectors:
+    """Encode vectors (n, dim)."""
+    r = x - code.mean
+    u = r @ code.forward.T
+    energy = (code.weights * u * u).sum(-1)
+    g = np.sqrt(energy / code.weights.sum())
+    v = u / np.where(g > 0, g, 1)[:, None]
+    codes = np.zeros(u.shape, np.uint8)
+    for bits, where in code.groups:
+        boundaries = load_codebook("gaussian", bits, where.stop - where.start).boundaries
+        codes[:, where] = np.searchsorted(boundaries.astype(np.float64), v[:, where])
+    agreement = (code.weights * u * _centroids(code, codes)).sum(-1)
+    scales = np.divide(energy, agreement, out=np.zeros_like(energy), where=agreement > 0)
+    return EncodedVectors(codes, scales.astype(np.float16), r @ code.mean)
+
+
+def decode(code: VectorCode, encoded: EncodedVectors) -> F64:
+    """Decode vectors (n, dim)."""
+    c = _centroids(code, encoded.codes) * encoded.scales.astype(np.float64)[:, None]
+    return code.mean + c @ code.dual
+
+
+def scores(code: VectorCode, encoded: EncodedVectors, query: F64) -> tuple[F64, F64]:
+    """Return inner products (q, n) and their standard errors (q, n)."""
+    projected = (query - code.mean) @ code.dual.T
+    scale = encoded.scales.astype(np.float64)
+    found = projected @ _centroids(code, encoded.codes).T * scale
+    found += (query @ code.mean)[:, None] + encoded.offsets
+    error = np.sqrt((projected**2 * code.error_weights).sum(-1))
+    return found, error[:, None] * scale

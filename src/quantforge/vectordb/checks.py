@@ -1,0 +1,57 @@
+"""Input of an index: vectors and ids, refused before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantforge.arrays import Source, as_tensor
+from quantforge.errors import InputError
+
+
+def vectors_of(x: Any, dim: int, *, unit_length: bool, what: str = "vectors") -> torch.Tensor:
+    """Return vectors (n, dim) as finite float32 on the CPU, of length 1 if asked for.
+
+    Raises:
+        InputError: for a wrong shape or dtype, NaN or infinity, or no direction to normalize.
+    """
+    source = Source.of(x, dim)
+    if len(source.shape) != 2:
+        raise InputError(f"{what} must have shape (n, {dim}); got {source.shape}; use x[None]")
+    found = as_tensor(x if isinstance(x, torch.Tensor) else x[:]).to("cpu", torch.float32)
+    bad = ~found.isfinite().all(-1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise InputError(f"{what} must be finite, but row {row} holds NaN or infinity")
+    if not unit_length:
+        return found
+    length = found.norm(dim=-1, keepdim=True)
+    if bool((length == 0).any()):
+        row = int((length == 0).nonzero()[0, 0])
+        raise InputError(f"{what} row {row} is zero and has no cosine; remove it")
+    return found / length
+
+
+def ids_of(ids: Any, n: int | None = None) -> torch.Tensor:
+    """Return distinct int64 ids (n,).
+
+    Raises:
+        InputError: for another dtype, another count, or an id that is there twice.
+    """
+    array = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"ids must be integers of shape (n,); got {array.dtype} of shape {array.shape}"
+        )
+    if n is not None and len(array) != n:
+        raise InputError(f"there must be one id for each of the {n} vectors; got {len(array)}")
+    found, counts = np.unique(array, return_counts=True)
+    if len(found) != len(array):
+        raise InputError(f"id {found[counts > 1][0]} is given twice; ids must be distinct")
+    if len(array) and (int(found[0]) < 0 or int(found[-1]) >= 2**63):
+        raise InputError(f"ids must be from 0 to 2^63 - 1; got {found[0]} to {found[-1]}")
+    return torch.from_numpy(array.astype(np.int64))

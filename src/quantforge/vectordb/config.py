@@ -1,0 +1,60 @@
+"""What a user chooses of an index."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from quantforge.errors import ConfigError
+from quantforge.numerics.vectors import Mode
+from quantforge.spec import MAX_BITS, check_choice, check_int
+
+Metric = Literal["ip", "cosine", "l2"]
+Originals = Literal["none", "float16"]
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How an index codes and compares vectors.
+
+    Args:
+        bits: bits per number, 1-8, on average over the directions.
+        mode: "adapted" (PCA, bits where the variance is), "centred" (mean and equalizer) or
+            "oblivious" (nothing is learned).
+        metric: "ip" (inner product), "cosine" or "l2" (squared distance, least first).
+        originals: "float16" keeps the vectors too, for `search(..., rerank=m)`; or "none".
+        seed: of the rotations.
+
+    Raises:
+        ConfigError: for a value outside these choices.
+    """
+
+    bits: int = 4
+    mode: Mode = "adapted"
+    metric: Metric = "ip"
+    originals: Originals = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("bits", self.bits, 1, MAX_BITS)
+        check_int("seed", self.seed, 0, 2**32 - 1)
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("metric", self.metric, get_args(Metric))
+        check_choice("originals", self.originals, get_args(Originals))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> IndexConfig:
+        """Build a config from plain values.
+
+        Raises:
+            ConfigError: for an unknown name or a bad value.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown settings {unknown}; known are {sorted(known)}")
+        return cls(**values)

@@ -1,0 +1,363 @@
+"""`QuantizedIndex`: vectors that stay packed, searched by scoring all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantforge.errors import InputError
+from quantforge.numerics.vectors import VectorCode, learn, oblivious
+from quantforge.ops.search.eager import ROW_MASK, keys_of, results_of
+from quantforge.vectordb import files
+from quantforge.vectordb.checks import ids_of, vectors_of
+from quantforge.vectordb.codec import Codec
+from quantforge.vectordb.config import IndexConfig
+from quantforge.vectordb.moments import measure
+from quantforge.vectordb.rows import Rows
+
+TILE_SCORES = 1 << 22
+"""Scores of all queries held at once."""
+MAX_VECTORS = 1 << 32
+
+Fetch = Callable[[np.ndarray], Any]
+
+
+class QuantizedIndex:
+    """A flat index: every search scores all vectors, on their codes.
+
+        index = QuantizedIndex(384, IndexConfig(bits=4))
+        index.add(vectors)
+        ids, scores = index.search(queries, k=10)
+
+    Args:
+        dim: vector length.
+        config: bits, mode, metric; `IndexConfig()` if None.
+
+    Scores are inner products, cosines, or squared distances, by the metric. What a mode learns
+    comes from `train`, or from the first `add`. A call that raises leaves the index as it was.
+    """
+
+    def __init__(self, dim: int, config: IndexConfig | None = None) -> None:
+        if type(dim) is not int or dim < 1:
+            raise InputError(f"dim must be a positive integer; got {dim!r}")
+        self.dim = dim
+        self.config = IndexConfig() if config is None else config
+        self._codec: Codec | None = None
+        self._rows: Rows | None = None
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        return 0 if self._rows is None else len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"QuantizedIndex({self.dim}, {self.config}, vectors={len(self)})"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the data are known, as far as the mode wants to know them."""
+        return self._codec is not None
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids (n,) int64, in the order of rows, which bitmaps follow."""
+        return np.empty(0, np.int64) if self._rows is None else self._rows.ids.numpy().copy()
+
+    def train(self, batches: Any) -> None:
+        """Learn mean, directions and bits from a sample, in one pass.
+
+        Args:
+            batches: vectors (n, dim), or an iterable of such arrays.
+
+        Raises:
+            InputError: for vectors that do not fit, fewer than 2 of them (but in the oblivious
+                mode), or an index that holds vectors.
+        """
+        if len(self):
+            raise InputError(
+                f"the index holds {len(self)} vectors, coded by what is known; train a new one"
+            )
+        self._start(self._learn([batches] if hasattr(batches, "shape") else batches))
+
+    def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
+        """Add vectors; an untrained index learns from them first.
+
+        Args:
+            vectors: (n, dim), numpy or torch.
+            ids: (n,) integers from 0, new to the index; numbered on from the greatest if None.
+
+        Returns:
+            The ids, (n,) int64.
+
+        Raises:
+            InputError: for vectors or ids that do not fit.
+        """
+        x = self._vectors(vectors)
+        codec = self._learn([x]) if self._codec is None and len(x) else self._codec
+        if ids is None:
+            new = torch.arange(self._next_id, self._next_id + len(x))
+        else:
+            new = ids_of(ids, len(x))
+        if len(self) and bool((there := torch.isin(new, self._known.ids)).any()):
+            taken = int(new[there][0])
+            raise InputError(f"id {taken} is in the index; use update([{taken}], ...)")
+        if len(self) + len(x) > MAX_VECTORS:
+            raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
+        if codec is None:
+            return new.numpy()
+        coded = codec.encode(x)
+        if self._rows is None:
+            self._start(codec)
+        self._known.append(coded, new, self._kept(x))
+        if len(new):
+            self._next_id = max(self._next_id, int(new.max()) + 1)
+        return new.numpy()
+
+    def search(
+        self,
+        queries: Any,
+        k: int,
+        *,
+        ids: Any = None,
+        bitmap: Any = None,
+        rerank: int | None = None,
+        fetch: Fetch | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k best vectors of each query; equal ones in the order of rows.
+
+        Args:
+            queries: (q, dim).
+            k: results, at most the number of vectors.
+            ids: only these may be found.
+            bitmap: (ceil(n / 8),) uint8, bit `i % 8` of byte `i // 8` set where row i may be found
+                (`numpy.packbits(allowed, bitorder="little")`).
+            rerank: take this many by their codes, and the best of them by the vectors themselves:
+                those kept (`originals="float16"`) or fetched.
+            fetch: a function of ids (m,) that returns vectors (m, dim), for rerank.
+
+        Returns:
+            ids (q, k) int64 and scores (q, k) float32, best first. Where a filter leaves fewer
+            than k there are id -1 and score -inf (inf for distances).
+
+        Raises:
+            InputError: for input that does not fit, or k greater than the index.
+        """
+        query = self._vectors(queries, "queries")
+        if type(k) is not int or not 1 <= k <= len(self):
+            raise InputError(f"k must be an integer from 1 to {len(self)} vectors; got {k!r}")
+        if rerank is not None and (type(rerank) is not int or rerank < k):
+            raise InputError(f"rerank must be an integer of at least k={k}; got {rerank!r}")
+        if rerank is not None and fetch is None and self._known.originals is None:
+            raise InputError('rerank needs vectors: originals="float16" in the config, or fetch')
+        allowed = self._allowed(ids, bitmap)
+        count = k if rerank is None else min(rerank, len(self))
+        scores, rows = self._best(query, count, allowed)
+        if rerank is not None:
+            scores, rows = self._rerank(query, rows, k, fetch)
+        found = torch.where(rows >= 0, self._known.ids[rows.clamp_min(0)], -1)
+        return found.numpy(), (-scores if self.config.metric == "l2" else scores).numpy()
+
+    def range_search(
+        self, queries: Any, threshold: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Find all vectors that score at least the threshold (l2: at most).
+
+        Returns:
+            limits (q + 1,), ids and scores: query i has those from limits[i] to limits[i + 1],
+            in the order of rows.
+        """
+        query, sign = self._vectors(queries, "queries"), -1 if self.config.metric == "l2" else 1
+        counts = torch.zeros(len(query) + 1, dtype=torch.int64)
+        parts = []
+        for rows, tile in self._tiles(query, None) if len(self) else ():
+            which, column = (tile >= sign * threshold).nonzero(as_tuple=True)
+            counts[1:] += torch.bincount(which, minlength=len(query))
+            parts.append((which, rows[column], sign * tile[which, column]))
+        if not parts:
+            return counts.numpy(), np.empty(0, np.int64), np.empty(0, np.float32)
+        which, rows, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = which.argsort(stable=True)
+        return counts.cumsum(0).numpy(), self._known.ids[rows[order]].numpy(), scores[order].numpy()
+
+    def standard_errors(self, queries: Any, ids: Any) -> np.ndarray:
+        """Return the expected error (q, m) of the inner products of queries with these vectors."""
+        query, rows = self._vectors(queries, "queries"), self._rows_of(ids)
+        if not len(rows):
+            return np.empty((len(query), 0), np.float32)
+        _, error = self._trained.project(query)
+        found = error[:, None] * self._known.coded(rows).scales[:, 0].float()
+        return (2 * found if self.config.metric == "l2" else found).numpy()
+
+    def reconstruct(self, ids: Any) -> np.ndarray:
+        """Decode vectors, (m, dim) float32."""
+        rows = self._rows_of(ids)
+        if not len(rows):
+            return np.empty((0, self.dim), np.float32)
+        return self._trained.decode(self._known.coded(rows)).numpy()
+
+    def remove_ids(self, ids: Any) -> None:
+        """Remove vectors; the rows after them move up.
+
+        Raises:
+            InputError: for ids that are not in the index; nothing is removed then.
+        """
+        rows = self._rows_of(ids)
+        if len(rows):
+            keep = torch.ones(len(self), dtype=torch.bool)
+            keep[rows] = False
+            self._known.keep(keep.nonzero()[:, 0])
+
+    def update(self, ids: Any, vectors: Any) -> None:
+        """Replace vectors, (m, dim), in their rows."""
+        x = self._vectors(vectors)
+        rows = self._rows_of(ids_of(ids, len(x)))
+        if len(rows):
+            self._known.put(rows, self._trained.encode(x), self._kept(x))
+
+    def copy(self) -> QuantizedIndex:
+        """Return an index of its own with the same vectors."""
+        return copy.deepcopy(self)
+
+    def memory_report(self) -> dict[str, int]:
+        """Return the bytes held, by part and in `total`; spare room of buffers is counted."""
+        report = {} if self._rows is None else self._rows.report()
+        report["learned"] = 0 if self._codec is None else self._codec.nbytes
+        return {**report, "total": sum(report.values())}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file, which takes the place of an old one whole."""
+        codec = self._codec
+        rows = self._rows or Rows(
+            (codec or self._untrained()).empty(), torch.empty(0, dtype=torch.int64), None
+        )
+        files.save(path, self.dim, self.config, None if codec is None else codec.code, rows)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> QuantizedIndex:
+        """Open a file that `save` wrote; its pages are read when they are touched.
+
+        Raises:
+            FormatError: for a damaged file, another kind of file, or one of a later version.
+        """
+        dim, config, code, coded, ids, originals = files.load(path)
+        index = cls(dim, config)
+        if code is not None:
+            index._start(index._codec_of(code))
+            if len(ids):
+                index._rows = Rows(coded, ids, originals)
+                index._next_id = int(ids.max()) + 1
+        return index
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    @property
+    def _known(self) -> Rows:
+        assert self._rows is not None, "asked of an index without rows"
+        return self._rows
+
+    @property
+    def _trained(self) -> Codec:
+        assert self._codec is not None, "asked of an index without rows"
+        return self._codec
+
+    def _vectors(self, x: Any, what: str = "vectors") -> torch.Tensor:
+        return vectors_of(x, self.dim, unit_length=self.config.metric == "cosine", what=what)
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
+        return x.to(torch.float16) if self.config.originals == "float16" else None
+
+    def _codec_of(self, code: VectorCode) -> Codec:
+        return Codec(code, self.config.seed, squared=self.config.metric == "l2")
+
+    def _untrained(self) -> Codec:
+        return self._codec_of(oblivious(self.dim, self.config.bits, self.config.seed))
+
+    def _learn(self, batches: Iterable[Any]) -> Codec:
+        if self.config.mode == "oblivious":
+            return self._untrained()
+        moments = measure((self._vectors(batch) for batch in batches), self.dim)
+        return self._codec_of(learn(self.config.mode, moments, self.config.bits, self.config.seed))
+
+    def _start(self, codec: Codec) -> None:
+        nothing = self._kept(torch.empty(0, self.dim))
+        self._codec = codec
+        self._rows = Rows(codec.empty(), torch.empty(0, dtype=torch.int64), nothing)
+
+    def _rows_of(self, ids: Any) -> torch.Tensor:
+        wanted = ids_of(ids)
+        have = self._known.ids if len(self) else torch.empty(0, dtype=torch.int64)
+        known = torch.isin(wanted, have)
+        if not bool(known.all()):
+            raise InputError(f"id {int(wanted[~known][0])} is not in the index")
+        ordered, order = have.sort()
+        return order[torch.searchsorted(ordered, wanted)]
+
+    def _allowed(self, ids: Any, bitmap: Any) -> torch.Tensor | None:
+        """Return the rows that may be found, rising, or None for all."""
+        if ids is None and bitmap is None:
+            return None
+        if ids is not None and bitmap is not None:
+            raise InputError("give a filter as ids or as bitmap, not both")
+        if ids is not None:
+            return self._rows_of(ids).sort().values
+        found = np.asarray(bitmap)
+        if found.dtype != np.uint8 or found.shape != (-(-len(self) // 8),):
+            raise InputError(
+                f"bitmap must be uint8 of shape ({-(-len(self) // 8)},) for {len(self)} vectors; "
+                f"got {found.dtype} of shape {found.shape}"
+            )
+        allowed = np.unpackbits(found, count=len(self), bitorder="little")
+        return torch.from_numpy(np.flatnonzero(allowed))
+
+    def _tiles(
+        self, query: torch.Tensor, allowed: torch.Tensor | None
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield rows (m,) and scores (q, m), greater is better."""
+        codec, metric = self._trained, self.config.metric
+        projected, _ = codec.project(query)
+        step = max(256, TILE_SCORES // max(1, len(query)))
+        centred = query - codec.mean
+        own = -centred.square().sum(-1) if metric == "l2" else query @ codec.mean
+        every = torch.arange(len(self)) if allowed is None else allowed
+        for start in range(0, len(every), step):
+            rows = every[start : start + step]
+            where = slice(start, start + len(rows)) if allowed is None else rows
+            coded = self._known.coded(where)
+            offsets = coded.offsets.float() * codec.unit
+            tile = codec.products(projected, coded)
+            tile = 2 * tile - offsets if metric == "l2" else tile + offsets
+            yield rows, tile + own[:, None]
+
+    def _best(
+        self, query: torch.Tensor, k: int, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        absent = keys_of(torch.tensor(-torch.inf), torch.tensor(ROW_MASK))
+        best = absent.expand(len(query), k)
+        for rows, tile in self._tiles(query, allowed):
+            scores, column = tile.topk(min(k, len(rows)), dim=1)
+            best = torch.cat([best, keys_of(scores, rows[column])], 1).topk(k, dim=1).values
+        return results_of(best, None)
+
+    def _rerank(
+        self, query: torch.Tensor, rows: torch.Tensor, k: int, fetch: Fetch | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        distinct, where = rows.clamp_min(0).unique(return_inverse=True)
+        if fetch is None:
+            assert self._known.originals is not None, "search has looked"
+            x = self._known.originals[distinct].float()
+        else:
+            x = self._vectors(fetch(self._known.ids[distinct].numpy()), "fetched vectors")
+            if len(x) != len(distinct):
+                raise InputError(f"fetch was given {len(distinct)} ids and returned {len(x)}")
+        found = torch.empty(rows.shape)
+        for i, candidates in enumerate(where):
+            if self.config.metric == "l2":
+                found[i] = -(x[candidates] - query[i]).square().sum(-1)
+            else:
+                found[i] = x[candidates] @ query[i]
+        found.masked_fill_(rows < 0, -torch.inf)
+        return results_of(keys_of(found, rows.clamp_min(0)).topk(k, dim=1).values, None)
