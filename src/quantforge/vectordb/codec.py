@@ -98,8 +98,8 @@ class Codec:
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise InputError(
-                f"vector {row} has norm {float(x[row].double().norm()):.3g}, too large for the fp16 "
-                "numbers stored with it; train on data of this size, or rescale it"
+                f"vector {row} has norm {float(x[row].double().norm()):.3g}, too large for the "
+                "fp16 numbers stored with it; train on data of this size, or rescale it"
             )
         return Coded(packed, scales, offsets)
 
