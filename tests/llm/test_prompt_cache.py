@@ -245,6 +245,29 @@ def test_cropped_tiers(llama: Any, tmp_path: Path) -> None:
     assert torch.equal(continued(llama, loaded), continued(llama, cache))
 
 
+@pytest.mark.parametrize("settings", [{}, TIERS], ids=["default", "tiers"])
+def test_left_padding_is_remembered(llama: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    cache = QuantForgeCache(llama.config, **(SETTINGS | settings))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        llama(IDS[:, :20], attention_mask=mask, past_key_values=cache)
+    assert cache.layers[0]._queries.padding is not None
+    cache.save(tmp_path / "a.safetensors")
+    loaded = QuantForgeCache.load(tmp_path / "a.safetensors")
+    for one, other in zip(loaded.layers, cache.layers, strict=True):
+        ours, theirs = vars(one._queries), vars(other._queries)
+        assert ours.keys() == theirs.keys()
+        for name in ("padding", "rows", "squares"):
+            assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name]))
+        assert torch.equal(one._queries.rms, other._queries.rms)
+    mask = torch.cat([mask, torch.ones(2, 30, dtype=torch.long)], 1)
+    with torch.no_grad():
+        for each in (cache, loaded):
+            llama(IDS[:, 20:50], attention_mask=mask, past_key_values=each)
+    assert_same(loaded, cache)
+
+
 def test_empty_caches_and_other_layers(llama: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     QuantForgeCache(llama.config, **SETTINGS).save(path)

@@ -192,7 +192,12 @@ def write_stores(layer: QuantForgeLayer, keys: Store, values: Store) -> Tensors:
     if queries.squares is not None:
         scale = torch.nan if queries.scale is None else queries.scale
         tensors["queries.squares"] = queries.squares
-        tensors["queries.rows_scale"] = torch.tensor([queries.rows, scale], dtype=torch.float64)
+        rows = queries.rows if isinstance(queries.rows, int) else 0
+        tensors["queries.rows_scale"] = torch.tensor([rows, scale], dtype=torch.float64)
+        if isinstance(queries.rows, torch.Tensor):  # sequences are padded differently
+            tensors["queries.rows"] = queries.rows
+    if queries.padding is not None:
+        tensors["queries.padding"] = queries.padding
     return tensors
 
 
@@ -257,8 +262,10 @@ def fill_queries(layer: QuantForgeLayer, tensors: Tensors) -> None:
         if numbers.shape != (2,):
             raise FormatError("queries.rows_scale must hold two numbers")
         rows, scale = numbers.tolist()
-        queries.squares, queries.rows = tensors["queries.squares"], int(rows)
+        queries.squares = tensors["queries.squares"]
+        queries.rows = tensors.get("queries.rows", int(rows))
         queries.scale = None if scale != scale else scale
+    queries.padding = tensors.get("queries.padding")
 
 
 def pair_of(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
