@@ -192,7 +192,6 @@ def decode_kernel(
         )  # fmt: skip
         if PDL:  # pages do not depend on the launch before, the query does
             dependency(WAIT)
-            dependency(RELEASE)
         d = gl.arange(0, KW, gl.SliceLayout(1, B))
         column = gl.arange(0, N, gl.SliceLayout(0, B))
         at = projected + (head.to(gl.int64) * row_block + group * N) * D
@@ -276,9 +275,9 @@ def decode_kernel(
                 v_offsets, v_offsets1, s_offsets, p + 1 < last, V_AT, V_BITS,
             )  # fmt: skip
         async_copy.wait_group(0)
-    else:
-        if PDL:
-            dependency(WAIT)
-            dependency(RELEASE)
+    elif PDL:
+        dependency(WAIT)
+    if PDL:  # not earlier: programs of the merge would sit where others still work
+        dependency(RELEASE)
     at = (head * slots + dense_slots + split).to(gl.int64) * rows + row
     write(out, lse, at, row < rows, m, mass, acc, DV, VC, ROW)
