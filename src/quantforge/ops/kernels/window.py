@@ -310,10 +310,10 @@ def window_append_kernel(
             dense = tl.load(counts + batch + i, mask=inside, other=0)
             room = page - packed % page
             full = (dense + q > rows - page + room) & (packed + room <= tokens)
-            moved = tl.where(full, room, 0)
-            taken = dense + q - moved <= rows
-            tl.store(counts + i, packed + moved, mask=inside)
-            tl.store(counts + batch + i, dense - moved + tl.where(taken, q, 0), mask=inside)
+            left = tl.where(full, room, 0)
+            taken = dense + q - left <= rows
+            tl.store(counts + i, packed + left, mask=inside)
+            tl.store(counts + batch + i, dense - left + tl.where(taken, q, 0), mask=inside)
             lost = tl.load(counts + 2 * batch + i, mask=inside, other=0)
             tl.store(counts + 2 * batch + i, lost + tl.where(taken, 0, q), mask=inside)
         tl.store(counts + 3 * batch, 0)
