@@ -3,10 +3,9 @@
     logical rows    [ sinks ][ packed history ............... ][ recent window ]
     held as         dense[:n_sinks]   rows or pages of codes     dense[n_sinks:]
 
-Queries over pages run in one operator. Otherwise attention runs over the packed rows by
-the operator that reads codes, over the dense rows by a flash kernel, and the two are merged by
-their log-sum-exp. Tokens of other bits (`importance`) are further segments. Like `QuantTensor` it
-refuses what it cannot do on codes.
+Queries over pages run in one operator. Otherwise the packed rows are attended to by the operator
+that reads codes, the dense rows by a flash kernel, and the two merge by their log-sum-exp. Tokens
+of other bits are further segments. Like `QuantTensor` it refuses what it cannot do on codes.
 """
 
 from __future__ import annotations
@@ -107,11 +106,8 @@ class SegmentedTensor(torch.Tensor):
         return self
 
     def _but(self, **changes: Any) -> SegmentedTensor:
-        state = {
-            "n_rep": self._n_rep,
-            "transposed": self._transposed,
-            "staged": self._staged,
-        }
+        names = ("n_rep", "transposed", "staged")
+        state = {name: getattr(self, f"_{name}") for name in names}
         held = (self.dense, self.source, self.n_sinks, self.others, self.places)
         out = SegmentedTensor(*held, **(state | changes))
         out._see = self._see
