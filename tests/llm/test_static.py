@@ -124,12 +124,18 @@ def test_a_thousand_steps_in_one_graph() -> None:
 @pytest.mark.slow
 def test_inductor_writes_in_place(where: Where) -> None:
     forward, counter = compiled(where.model, "inductor")
-    cache = where.cache()
-    expected = decode(where.model, where.cache(), 80)
-    torch.testing.assert_close(
-        decode(where.model, cache, 80, forward), expected, rtol=1e-4, atol=1e-4
-    )
+    cache, eager = where.cache(), where.cache()
+    expected = decode(where.model, eager, 80)
+    got = decode(where.model, cache, 80, forward)
     assert counter.frame_count == 1
+    if where.settings is PAGES:  # nothing has been packed so far
+        torch.testing.assert_close(got[:, :40], expected[:, :40], rtol=1e-4, atol=1e-4)
+    # inductor rounds otherwise, and a code at a boundary may fall to either side
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.01)
+    for ours, theirs in zip(cache.layers, eager.layers, strict=True):
+        for mine, other in zip(ours._window, theirs._window, strict=True):
+            if mine.dtype == torch.uint8:
+                assert (mine == other).float().mean() > 0.999
 
 
 def test_a_short_prompt_is_measured_in_the_graph(where: Where) -> None:
