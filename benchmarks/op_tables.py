@@ -121,7 +121,7 @@ def _steps(rows: list[Row]) -> str:
                 f"{row['step_ms']:.2f} ms",
                 f"{row['tokens_per_s']:,.1f}",
                 peak,
-                "" if row["floor_ms"] is None else f"{row['floor_ms']:.2f} ms",
+                f"{row['floor_ms']:.2f} ms",
                 *("" if spent.get(part) is None else f"{spent[part]:.2f}" for part in parts),
             ]
         )

@@ -48,6 +48,7 @@ class Tuning:
 # Rows of odd=3 are the fastest of those timed on an NVIDIA H200 (Triton 3.6.0, 2026-11-24): at dim
 # 768, bfloat16, 4 bits, quantize 43% of the read ceiling (41% with low_bits=3), float32 73% (53%);
 # dequantize 87% (80% with 4 tiles). At dim 1536 40% (36%) and 83% (79%). Dim 128: 37% and 66%.
+# Timed as variants; as the default they have not run on a GPU yet.
 TUNING = (
     Tuning(odd=1, width=1024, low_bits=3, high_bits=2, tiles=8),
     Tuning(odd=1, width=2048, low_bits=3, high_bits=3, tiles=4),
