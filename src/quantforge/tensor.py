@@ -282,3 +282,6 @@ def _aligned(statistic: torch.Tensor | None, shape: torch.Size) -> torch.Tensor 
 QuantizedTensor = QuantTensor
 
 torch.serialization.add_safe_globals([QuantTensor])
+
+# handlers live there; whoever imports this module has them
+import quantforge.dispatch  # noqa: E402, F401
