@@ -42,13 +42,12 @@ def test_codes_and_scores_are_the_oracles(mode: Mode, dim: int) -> None:
     for (spec, where), packed in zip(codec.groups, coded.packed, strict=True):
         same = unpack(packed.numpy(), spec.dim, spec.bits) == oracle.codes[:, where]
         assert same.mean() > 0.999  # a coordinate on a boundary may round to the other side
-    projected, error = codec.project(query)
-    found = codec.products(projected, coded) + (query @ codec.mean)[:, None]
-    found = found + coded.offsets.float() * codec.unit
+    queries = codec.queries(query)
+    found = codec.scores(queries, coded) + queries.base
     expected, expected_error = vectors.scores(code, oracle, query.double().numpy())
     step = np.abs(expected).max() * 2e-3  # of a code next to a boundary, and offsets in fp16
     np.testing.assert_allclose(found.numpy(), expected, atol=step)
-    errors = error[:, None] * coded.scales[:, 0].float()
+    errors = codec.standard_errors(query, coded)
     np.testing.assert_allclose(errors.numpy(), expected_error, rtol=2e-3)
     decoded = codec.decode(coded).numpy()
     np.testing.assert_allclose(

@@ -17,6 +17,7 @@ from quantforge.vectordb import IndexConfig, QuantizedIndex
 from tests.vectordb.data import recall, skewed
 
 DIM = 64
+GOLDEN = Path(__file__).parents[1] / "golden"
 X, Q = skewed(2000, DIM), skewed(50, DIM, 1)
 
 
@@ -73,7 +74,7 @@ def test_batches_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     parts.train(X.split(100))
     for batch in (X[:0], X[:1], X[1:700], X[700:]):
         parts.add(batch)
-    monkeypatch.setattr("quantforge.vectordb.index.TILE_SCORES", 1)
+    monkeypatch.setattr("quantforge.vectordb.scan.TILE_SCORES", 1)
     np.testing.assert_array_equal(parts.search(Q, 5)[0][:, 0], whole.search(Q, 5)[0][:, 0])
     assert len(parts) == 2000
 
@@ -177,12 +178,22 @@ def test_bad_files(tmp_path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(FormatError):
         QuantizedIndex.load(path)
-    path.write_bytes(data.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    path.write_bytes(data.replace(b'\\"format\\": 2', b'\\"format\\": 9'))
     with pytest.raises(FormatError, match="index of format 9"):
         QuantizedIndex.load(path)
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(FormatError, match="holds no index"):
         QuantizedIndex.load(path)
+
+
+@pytest.mark.parametrize("kind", ["adapted_ip", "centred_cosine", "adapted_l2"])
+def test_files_of_format_1_load(kind: str) -> None:
+    golden = np.load(GOLDEN / "index_v1.npz")
+    index = QuantizedIndex.load(GOLDEN / f"index_v1_{kind}.safetensors")
+    ids, scores = index.search(golden["queries"], 10)
+    expected = golden[f"{kind}_scores"]
+    np.testing.assert_array_equal(ids[:, 0], golden[f"{kind}_ids"][:, 0])
+    np.testing.assert_allclose(scores, expected, atol=2e-3 * np.abs(expected).max())
 
 
 def test_empty_indexes_are_saved_too(tmp_path: Path) -> None:
@@ -204,10 +215,11 @@ def test_memory_is_what_tensors_hold() -> None:
     index = built(originals="float16")
     index.add(X[:10])
     report = index.memory_report()
-    assert index._codec is not None
-    assert index._rows is not None
-    tensors = [t for t in vars(index._codec).values() if isinstance(t, torch.Tensor)]
-    tensors += [part._buffer for part in index._rows._all()]
+    assert index._core is not None
+    codec = index._core.codec
+    tensors = [t for t in vars(codec).values() if isinstance(t, torch.Tensor)]
+    tensors += [torch.from_numpy(t.copy()) for t in vars(codec.code).values()]
+    tensors += [part._buffer for part in index._core.rows._parts.values()]
     held = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     assert report["total"] == pytest.approx(held, rel=0.02)
 

@@ -5,7 +5,8 @@
     g = sqrt(sum w u^2 / sum w)                      one number per vector
     code_i = nearest centroid of u_i / g with bits_i bits (0 bits: no code, c_i = 0)
     scale  = sum w u^2 / sum w u c
-    <q, x> ~= <q, mean> + <mean, r> + scale <G p, c>     G = diag(step) B diag(equalizer)
+    r^ = scale G^T c       G = diag(step) B diag(equalizer)
+    <q, x> ~= <q, mean> + <mean, r> + <p, r^>  =  <q, mean> + <q, r^> + <mean, r - r^>
 
     mode          mean, equalizer   basis B              step, bits
     oblivious     0, 1              random rotation      1, all equal
@@ -103,6 +104,11 @@ class VectorCode:
     step: F64
     weights: F64
     bits: NDArray[np.int64]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.nbytes for array in vars(self).values())
 
     @property
     def groups(self) -> list[tuple[int, slice]]:

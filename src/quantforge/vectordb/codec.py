@@ -1,8 +1,13 @@
 """Vectors to codes and back, and scores on codes, in torch: `numerics.vectors` says what they are.
 
-Directions with equal bits are one packed array that the `scores` operator reads:
+Directions with equal bits are one packed array that the `scores` operator reads. With c the centre
+of a row (the data mean, or the centroid of its list) and r^ what the code stands for:
 
-    scores = <q, x>  =  sum over groups of scores(G p, packed[group], scales) + offsets
+    ip, cosine   <q, x>    ~=  q.r^ + offset + q.c           offset = c.(r - r^)
+    l2           -|q-x|^2  ~=  2 p.r^ + offset - |p - e|^2   offset = -2 e.r^ - |r|^2
+
+where p = q - mean and e = c - mean. One projected query serves all lists; what depends on the list
+is the base. The offset makes the inner product that of a query seen from c, with <c, r> exact.
 
 The operator rotates its queries, and the codes of a group are rotated already: so queries are
 rotated back first.
@@ -10,6 +15,7 @@ rotated back first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +41,41 @@ class Coded:
     Attributes:
         packed: per group (n, row_bytes) uint8.
         scales: (n, 1) fp16.
-        offsets: (n,) fp16 in the unit of the codec, <mean, r> or |r|^2.
+        offsets: (n,) fp16 in the unit of the codec.
     """
 
     packed: tuple[torch.Tensor, ...]
     scales: torch.Tensor
     offsets: torch.Tensor
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors by name."""
+        packed = {f"packed{i}": part for i, part in enumerate(self.packed)}
+        return {**packed, "scales": self.scales, "offsets": self.offsets}
+
+    @classmethod
+    def of(cls, parts: Mapping[str, torch.Tensor]) -> Coded:
+        """Take the codes from tensors by name."""
+        count = sum(name.startswith("packed") for name in parts)
+        packed = tuple(parts[f"packed{i}"] for i in range(count))
+        return cls(packed, parts["scales"], parts["offsets"])
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries as codes take them.
+
+    Attributes:
+        groups: per group (q, width) float32.
+        base: (q, lists) float32, what the centre of each list adds to a score.
+    """
+
+    groups: tuple[torch.Tensor, ...]
+    base: torch.Tensor
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Queries:
+        return Queries(tuple(group[index] for group in self.groups), self.base[index])
 
 
 class Codec:
@@ -49,10 +84,13 @@ class Codec:
     Args:
         code: what was learned.
         seed: of the rotations inside of the operators.
-        squared: offsets are |r|^2 (for distances) instead of <mean, r>.
+        squared: scores are negative squared distances instead of inner products.
+        centres: (lists, dim) float32; None for the mean alone.
     """
 
-    def __init__(self, code: VectorCode, seed: int, *, squared: bool) -> None:
+    def __init__(
+        self, code: VectorCode, seed: int, *, squared: bool, centres: torch.Tensor | None = None
+    ) -> None:
         self.code, self.seed, self.squared = code, seed, squared
         self.groups: list[tuple[QuantSpec, slice]] = [
             (plain_spec(where.stop - where.start, bits, seed), where) for bits, where in code.groups
@@ -61,8 +99,11 @@ class Codec:
             torch.from_numpy(part).to(torch.float32)
             for part in (code.mean, code.forward, code.dual, code.weights, code.error_weights)
         )
+        self.centres = self.mean[None] if centres is None else centres
+        self._anchors = self.centres - self.mean if squared else self.centres
+        self._anchors_projected = self._anchors @ self.dual.T
         variance = float(((code.step[:, None] * code.basis * code.equalizer) ** 2).sum())
-        length = float((code.mean**2).sum()) ** 0.5
+        length = float(self.centres.square().sum(-1).mean()) ** 0.5
         self.unit = variance if squared else length * variance**0.5 or 1.0
 
     @property
@@ -72,9 +113,10 @@ class Codec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what the code itself holds, as tensors here."""
-        parts = (self.mean, self.forward, self.dual, self.weights, self.errors)
-        return sum(part.nbytes for part in parts)
+        """Bytes of what is held besides the codes."""
+        held = [part for part in vars(self).values() if isinstance(part, torch.Tensor)]
+        tensors = {part.data_ptr(): part.nbytes for part in held}
+        return sum(tensors.values()) + self.code.nbytes
 
     def empty(self) -> Coded:
         """Return the codes of no vectors."""
@@ -84,13 +126,19 @@ class Codec:
         half = torch.float16
         return Coded(tuple(packed), torch.empty(0, 1, dtype=half), torch.empty(0, dtype=half))
 
-    def encode(self, x: torch.Tensor) -> Coded:
+    def encode(self, x: torch.Tensor, lists: torch.Tensor | None = None) -> Coded:
         """Encode finite vectors (n, dim).
+
+        Args:
+            x: the vectors.
+            lists: (n,) the centre of each; None for the first.
 
         Raises:
             InputError: for a vector whose scale or offset is beyond fp16.
         """
-        parts = [self._encode(chunk) for chunk in x.split(CHUNK_ROWS)] or [self.empty()]
+        lists = torch.zeros(len(x), dtype=torch.int64) if lists is None else lists
+        chunks = zip(x.split(CHUNK_ROWS), lists.split(CHUNK_ROWS), strict=True)
+        parts = [self._encode(*chunk) for chunk in chunks]
         packed = tuple(torch.cat(group) for group in zip(*(p.packed for p in parts), strict=True))
         scales = torch.cat([p.scales for p in parts])
         offsets = torch.cat([p.offsets for p in parts])
@@ -103,42 +151,61 @@ class Codec:
             )
         return Coded(packed, scales, offsets)
 
-    def _encode(self, x: torch.Tensor) -> Coded:
-        r = x.to(torch.float32) - self.mean
+    def _encode(self, x: torch.Tensor, lists: torch.Tensor) -> Coded:
+        r = x.to(torch.float32) - self.centres[lists]
         u = r @ self.forward.T
         energy = (self.weights * u * u).sum(-1)
         g = (energy / self.weights.sum()).sqrt()
         v = u / torch.where(g > 0, g, 1.0).unsqueeze(-1)
         agreement, packed = torch.zeros_like(g), []
+        anchors = self._anchors_projected[lists]
+        along = torch.zeros_like(g)
         for spec, where in self.groups:
             codes = nearest(v[:, where].contiguous(), spec)
             table = centroids(spec, x.device)
             c = take(table, codes.flatten().to(torch.int32)).view(codes.shape)
             agreement += (self.weights[where] * u[:, where] * c).sum(-1)
-            rows = torch.zeros(len(x), row_bytes(spec.dim, spec.bits), dtype=torch.uint8)
+            along += (anchors[:, where] * c).sum(-1)
+            size = row_bytes(spec.dim, spec.bits)
+            rows = torch.zeros(len(x), size, dtype=torch.uint8, device=x.device)
             pack_columns(codes.T.contiguous(), spec.bits, rows)
             packed.append(rows)
-        scales = torch.where(agreement > 0, energy / agreement, 0.0)
-        offsets = (r * r).sum(-1) if self.squared else r @ self.mean
-        half = torch.float16
-        return Coded(tuple(packed), scales.unsqueeze(-1).to(half), (offsets / self.unit).to(half))
+        scales = torch.where(agreement > 0, energy / agreement, 0.0).to(torch.float16)
+        along *= scales.float()
+        if self.squared:
+            offsets = -2 * along - r.square().sum(-1)
+        else:
+            offsets = (r * self._anchors[lists]).sum(-1) - along
+        return Coded(tuple(packed), scales[:, None], (offsets / self.unit).to(torch.float16))
 
-    def decode(self, coded: Coded) -> torch.Tensor:
+    def decode(self, coded: Coded, lists: torch.Tensor | None = None) -> torch.Tensor:
         """Decode vectors (n, dim), float32."""
-        c = torch.zeros(len(coded.scales), len(self.mean))
+        c = coded.scales.new_zeros(len(coded.scales), len(self.mean), dtype=torch.float32)
         for (spec, where), packed in zip(self.groups, coded.packed, strict=True):
             c[:, where] = rotate(dequantize(packed, coded.scales, spec), spec, spec.seed)
-        return self.mean + c @ self.dual
+        return (self.centres[:1] if lists is None else self.centres[lists]) + c @ self.dual
 
-    def project(self, query: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return queries (q, dim) as groups take them, and their standard errors at scale 1."""
-        turned = (query.to(torch.float32) - self.mean) @ self.dual.T
-        error = (turned.square() * self.errors).sum(-1).sqrt()
-        return [unrotate(turned[:, where], spec, spec.seed) for spec, where in self.groups], error
+    def queries(self, x: torch.Tensor) -> Queries:
+        """Return queries (q, dim) as `scores` takes them."""
+        seen = 2 * (x - self.mean) if self.squared else x
+        turned = seen @ self.dual.T
+        groups = tuple(unrotate(turned[:, where], spec, spec.seed) for spec, where in self.groups)
+        base = seen @ self._anchors.T
+        if self.squared:
+            own = seen.square().sum(-1) / 4
+            base = base - own[:, None] - self._anchors.square().sum(-1)
+        return Queries(groups, base)
 
-    def products(self, projected: list[torch.Tensor], coded: Coded) -> torch.Tensor:
-        """Return <q - mean, r> of projected queries with coded vectors, (q, n) float32."""
-        total = torch.zeros(len(projected[0]), len(coded.scales))
-        for (spec, _), query, packed in zip(self.groups, projected, coded.packed, strict=True):
-            total += scores(query, packed, coded.scales, spec)
+    def scores(self, queries: Queries, coded: Coded) -> torch.Tensor:
+        """Return scores (q, n) float32 without the base; greater is better."""
+        total = coded.offsets.float() * self.unit
+        for (spec, _), query, packed in zip(self.groups, queries.groups, coded.packed, strict=True):
+            total = total + scores(query, packed, coded.scales, spec)
         return total
+
+    def standard_errors(self, x: torch.Tensor, coded: Coded) -> torch.Tensor:
+        """Return the expected errors (q, n) of the scores of queries (q, dim)."""
+        turned = (x - self.centres[0]) @ self.dual.T
+        error = (turned.square() * self.errors).sum(-1).sqrt()
+        found = error[:, None] * coded.scales[:, 0].float()
+        return 2 * found if self.squared else found

@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import json
 from os import PathLike
-from typing import Any
 
 import numpy as np
 import torch
 
 from quantforge.errors import FormatError
-from quantforge.io import open_file, save_file
+from quantforge.io import QuantFile, open_file, save_file
 from quantforge.numerics.vectors import VectorCode, oblivious
-from quantforge.vectordb.codec import Coded
+from quantforge.vectordb.codec import CHUNK_ROWS, Codec
 from quantforge.vectordb.config import IndexConfig
-from quantforge.vectordb.rows import Rows
+from quantforge.vectordb.core import Core
 
-FORMAT = 1
+FORMAT = 2
 LEARNED = ("mean", "equalizer", "basis", "step", "weights", "bits")
 
 
-def save(
-    path: str | PathLike[str], dim: int, config: IndexConfig, code: VectorCode | None, rows: Rows
-) -> None:
+def save(path: str | PathLike[str], dim: int, config: IndexConfig, core: Core | None) -> None:
     """Write an index; the file takes the place of an old one whole."""
-    header = {"format": FORMAT, "dim": dim, "config": config.to_dict(), "learned": code is not None}
-    coded = rows.coded(slice(None))
-    tensors = {f"packed{i}": part for i, part in enumerate(coded.packed)}
-    tensors |= {"scales": coded.scales, "offsets": coded.offsets, "ids": rows.ids}
-    if rows.originals is not None:
-        tensors["originals"] = rows.originals
-    if code is not None and config.mode != "oblivious":
-        tensors |= {name: torch.from_numpy(np.array(getattr(code, name))) for name in LEARNED}
+    header = {"format": FORMAT, "dim": dim, "config": config.to_dict(), "learned": core is not None}
+    tensors = {}
+    if core is not None:
+        tensors = core.rows.parts(slice(None))
+        if config.mode != "oblivious":
+            code = core.codec.code
+            tensors |= {name: torch.from_numpy(np.array(getattr(code, name))) for name in LEARNED}
     save_file(tensors, path, metadata={"index": json.dumps(header)})
 
 
-def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, VectorCode | None, Coded, Any, Any]:
+def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
     """Read an index; tensors are views of the memory-mapped file.
-
-    Returns:
-        dim, settings, code, codes, ids and originals.
 
     Raises:
         FormatError: for a damaged file, one of another kind, or one of a later version.
@@ -50,20 +43,40 @@ def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, VectorCode | None
         try:
             header = json.loads(file.metadata["index"])
             version = header["format"]
-            if version != FORMAT:
+            if version not in (1, FORMAT):
                 raise FormatError(
-                    f"{path} is an index of format {version}; this version reads {FORMAT}"
+                    f"{path} is an index of format {version}; this version reads 1 to {FORMAT}"
                 )
             dim, config = header["dim"], IndexConfig.from_dict(header["config"])
-            names = sorted(name for name in file if name.startswith("packed"))
-            packed = tuple(file[f"packed{i}"] for i in range(len(names)))
-            coded = Coded(packed, file["scales"], file["offsets"])
-            ids, originals = file["ids"], file.get("originals")
-            code = None
-            if header["learned"] and config.mode == "oblivious":
-                code = oblivious(dim, config.bits, config.seed)
-            elif header["learned"]:
-                code = VectorCode(*(file[name].numpy() for name in LEARNED))
+            core = None
+            if header["learned"]:
+                core = _core_of(file, dim, config)
+                if version == 1:
+                    _offsets_of_format_1(core)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise FormatError(f"{path}: the index is damaged: {error!r}") from error
-    return dim, config, code, coded, ids, originals
+    return dim, config, core
+
+
+def _core_of(file: QuantFile, dim: int, config: IndexConfig) -> Core:
+    if config.mode == "oblivious":
+        code = oblivious(dim, config.bits, config.seed)
+    else:
+        code = VectorCode(*(file[name].numpy() for name in LEARNED))
+    codec = Codec(code, config.seed, squared=config.metric == "l2")
+    groups = [f"packed{i}" for i in range(len(codec.groups))]
+    names = [*groups, "scales", "offsets", "ids"]
+    names += ["originals"] if config.originals != "none" else []
+    return Core(config, codec, {name: file[name] for name in names})
+
+
+def _offsets_of_format_1(core: Core) -> None:
+    """Turn <mean, r> into <mean, r - r^>, and |r|^2 into its negative."""
+    rows, codec = core.rows, core.codec
+    if codec.squared:
+        rows.put(torch.arange(len(rows)), {"offsets": -rows["offsets"]})
+        return
+    for index in torch.arange(len(rows)).split(CHUNK_ROWS):
+        coded = rows.coded(index)
+        along = (codec.decode(coded) - codec.mean) @ codec.mean / codec.unit
+        rows.put(index, {"offsets": (coded.offsets.float() - along).to(torch.float16)})

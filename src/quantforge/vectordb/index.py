@@ -11,20 +11,16 @@ import numpy as np
 import torch
 
 from quantforge.errors import InputError
-from quantforge.numerics.vectors import VectorCode, learn, oblivious
-from quantforge.ops.search.eager import ROW_MASK, keys_of, results_of
+from quantforge.numerics.vectors import learn, oblivious
 from quantforge.vectordb import files
 from quantforge.vectordb.checks import ids_of, vectors_of
 from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.config import IndexConfig
+from quantforge.vectordb.core import Core
 from quantforge.vectordb.moments import measure
-from quantforge.vectordb.rows import Rows
+from quantforge.vectordb.rerank import Fetch
 
-TILE_SCORES = 1 << 22
-"""Scores of all queries held at once."""
 MAX_VECTORS = 1 << 32
-
-Fetch = Callable[[np.ndarray], Any]
 
 
 class QuantizedIndex:
@@ -47,12 +43,11 @@ class QuantizedIndex:
             raise InputError(f"dim must be a positive integer; got {dim!r}")
         self.dim = dim
         self.config = IndexConfig() if config is None else config
-        self._codec: Codec | None = None
-        self._rows: Rows | None = None
+        self._core: Core | None = None
         self._next_id = 0
 
     def __len__(self) -> int:
-        return 0 if self._rows is None else len(self._rows)
+        return 0 if self._core is None else len(self._core.rows)
 
     def __repr__(self) -> str:
         return f"QuantizedIndex({self.dim}, {self.config}, vectors={len(self)})"
@@ -60,12 +55,12 @@ class QuantizedIndex:
     @property
     def is_trained(self) -> bool:
         """Whether the data are known, as far as the mode wants to know them."""
-        return self._codec is not None
+        return self._core is not None
 
     @property
     def ids(self) -> np.ndarray:
         """Ids (n,) int64, in the order of rows, which bitmaps follow."""
-        return np.empty(0, np.int64) if self._rows is None else self._rows.ids.numpy().copy()
+        return np.empty(0, np.int64) if self._core is None else self._core.rows.ids.numpy().copy()
 
     def train(self, batches: Any) -> None:
         """Learn mean, directions and bits from a sample, in one pass.
@@ -81,7 +76,7 @@ class QuantizedIndex:
             raise InputError(
                 f"the index holds {len(self)} vectors, coded by what is known; train a new one"
             )
-        self._start(self._learn([batches] if hasattr(batches, "shape") else batches))
+        self._core = self._learn([batches] if hasattr(batches, "shape") else batches)
 
     def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
         """Add vectors; an untrained index learns from them first.
@@ -97,25 +92,12 @@ class QuantizedIndex:
             InputError: for vectors or ids that do not fit.
         """
         x = self._vectors(vectors)
-        codec = self._learn([x]) if self._codec is None and len(x) else self._codec
-        if ids is None:
-            new = torch.arange(self._next_id, self._next_id + len(x))
-        else:
-            new = ids_of(ids, len(x))
-        if len(self) and bool((there := torch.isin(new, self._known.ids)).any()):
-            taken = int(new[there][0])
-            raise InputError(f"id {taken} is in the index; use update([{taken}], ...)")
-        if len(self) + len(x) > MAX_VECTORS:
-            raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
-        if codec is None:
-            return new.numpy()
-        coded = codec.encode(x)
-        if self._rows is None:
-            self._start(codec)
-        self._known.append(coded, new, self._kept(x))
-        if len(new):
-            self._next_id = max(self._next_id, int(new.max()) + 1)
-        return new.numpy()
+        parts, core = self._prepare(x, ids)
+        if core is not None:
+            core.append(parts)
+            self._core = core
+            self._next_id = max(self._next_id, int(parts["ids"].max()) + 1)
+        return parts["ids"].numpy()
 
     def search(
         self,
@@ -151,14 +133,14 @@ class QuantizedIndex:
             raise InputError(f"k must be an integer from 1 to {len(self)} vectors; got {k!r}")
         if rerank is not None and (type(rerank) is not int or rerank < k):
             raise InputError(f"rerank must be an integer of at least k={k}; got {rerank!r}")
-        if rerank is not None and fetch is None and self._known.originals is None:
+        if rerank is not None and fetch is None and "originals" not in self._known.rows:
             raise InputError('rerank needs vectors: originals="float16" in the config, or fetch')
-        allowed = self._allowed(ids, bitmap)
+        core, allowed = self._known, self._allowed(ids, bitmap)
         count = k if rerank is None else min(rerank, len(self))
-        scores, rows = self._best(query, count, allowed)
+        scores, rows = core.best(core.codec.queries(query), count, allowed)
         if rerank is not None:
-            scores, rows = self._rerank(query, rows, k, fetch)
-        found = torch.where(rows >= 0, self._known.ids[rows.clamp_min(0)], -1)
+            scores, rows = core.rerank(query, rows, k, self._fetching(fetch))
+        found = torch.where(rows >= 0, core.rows.ids[rows.clamp_min(0)], -1)
         return found.numpy(), (-scores if self.config.metric == "l2" else scores).numpy()
 
     def range_search(
@@ -172,32 +154,30 @@ class QuantizedIndex:
         """
         query, sign = self._vectors(queries, "queries"), -1 if self.config.metric == "l2" else 1
         counts = torch.zeros(len(query) + 1, dtype=torch.int64)
-        parts = []
-        for rows, tile in self._tiles(query, None) if len(self) else ():
+        if not len(self):
+            return counts.numpy(), np.empty(0, np.int64), np.empty(0, np.float32)
+        core, parts = self._known, []
+        for rows, tile in core.tiles(core.codec.queries(query), None):
             which, column = (tile >= sign * threshold).nonzero(as_tuple=True)
             counts[1:] += torch.bincount(which, minlength=len(query))
             parts.append((which, rows[column], sign * tile[which, column]))
-        if not parts:
-            return counts.numpy(), np.empty(0, np.int64), np.empty(0, np.float32)
         which, rows, scores = (torch.cat(part) for part in zip(*parts, strict=True))
         order = which.argsort(stable=True)
-        return counts.cumsum(0).numpy(), self._known.ids[rows[order]].numpy(), scores[order].numpy()
+        return counts.cumsum(0).numpy(), core.rows.ids[rows[order]].numpy(), scores[order].numpy()
 
     def standard_errors(self, queries: Any, ids: Any) -> np.ndarray:
-        """Return the expected error (q, m) of the inner products of queries with these vectors."""
+        """Return the expected error (q, m) of the scores of queries with these vectors."""
         query, rows = self._vectors(queries, "queries"), self._rows_of(ids)
         if not len(rows):
             return np.empty((len(query), 0), np.float32)
-        _, error = self._trained.project(query)
-        found = error[:, None] * self._known.coded(rows).scales[:, 0].float()
-        return (2 * found if self.config.metric == "l2" else found).numpy()
+        return self._known.standard_errors(query, rows).numpy()
 
     def reconstruct(self, ids: Any) -> np.ndarray:
         """Decode vectors, (m, dim) float32."""
         rows = self._rows_of(ids)
         if not len(rows):
             return np.empty((0, self.dim), np.float32)
-        return self._trained.decode(self._known.coded(rows)).numpy()
+        return self._known.decode(rows).numpy()
 
     def remove_ids(self, ids: Any) -> None:
         """Remove vectors; the rows after them move up.
@@ -207,16 +187,15 @@ class QuantizedIndex:
         """
         rows = self._rows_of(ids)
         if len(rows):
-            keep = torch.ones(len(self), dtype=torch.bool)
-            keep[rows] = False
-            self._known.keep(keep.nonzero()[:, 0])
+            self._known.remove(rows)
 
     def update(self, ids: Any, vectors: Any) -> None:
         """Replace vectors, (m, dim), in their rows."""
         x = self._vectors(vectors)
-        rows = self._rows_of(ids_of(ids, len(x)))
+        found = ids_of(ids, len(x))
+        rows = self._rows_of(found)
         if len(rows):
-            self._known.put(rows, self._trained.encode(x), self._kept(x))
+            self._known.replace(rows, self._known.prepare(x, found))
 
     def copy(self) -> QuantizedIndex:
         """Return an index of its own with the same vectors."""
@@ -224,17 +203,13 @@ class QuantizedIndex:
 
     def memory_report(self) -> dict[str, int]:
         """Return the bytes held, by part and in `total`; spare room of buffers is counted."""
-        report = {} if self._rows is None else self._rows.report()
-        report["learned"] = 0 if self._codec is None else self._codec.nbytes
+        report = {} if self._core is None else self._core.rows.report()
+        report["learned"] = 0 if self._core is None else self._core.codec.nbytes
         return {**report, "total": sum(report.values())}
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, which takes the place of an old one whole."""
-        codec = self._codec
-        rows = self._rows or Rows(
-            (codec or self._untrained()).empty(), torch.empty(0, dtype=torch.int64), None
-        )
-        files.save(path, self.dim, self.config, None if codec is None else codec.code, rows)
+        files.save(path, self.dim, self.config, self._core)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> QuantizedIndex:
@@ -243,53 +218,51 @@ class QuantizedIndex:
         Raises:
             FormatError: for a damaged file, another kind of file, or one of a later version.
         """
-        dim, config, code, coded, ids, originals = files.load(path)
+        dim, config, core = files.load(path)
         index = cls(dim, config)
-        if code is not None:
-            index._start(index._codec_of(code))
-            if len(ids):
-                index._rows = Rows(coded, ids, originals)
-                index._next_id = int(ids.max()) + 1
+        index._core = core
+        if len(index):
+            index._next_id = int(index._known.rows.ids.max()) + 1
         return index
 
     # ---- inside -----------------------------------------------------------------------------
 
     @property
-    def _known(self) -> Rows:
-        assert self._rows is not None, "asked of an index without rows"
-        return self._rows
-
-    @property
-    def _trained(self) -> Codec:
-        assert self._codec is not None, "asked of an index without rows"
-        return self._codec
+    def _known(self) -> Core:
+        assert self._core is not None, "asked of an index without rows"
+        return self._core
 
     def _vectors(self, x: Any, what: str = "vectors") -> torch.Tensor:
         return vectors_of(x, self.dim, unit_length=self.config.metric == "cosine", what=what)
 
-    def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
-        return x.to(torch.float16) if self.config.originals == "float16" else None
+    def _prepare(self, x: torch.Tensor, ids: Any) -> tuple[dict[str, torch.Tensor], Core | None]:
+        """Return new rows as they are stored, and where: an untrained index learns from them."""
+        if ids is None:
+            new = torch.arange(self._next_id, self._next_id + len(x))
+        else:
+            new = ids_of(ids, len(x))
+        if len(self) and bool((there := torch.isin(new, self._known.rows.ids)).any()):
+            taken = int(new[there][0])
+            raise InputError(f"id {taken} is in the index; use update([{taken}], ...)")
+        if len(self) + len(x) > MAX_VECTORS:
+            raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
+        if not len(x):
+            return {"ids": new}, None
+        core = self._learn([x]) if self._core is None else self._core
+        return core.prepare(x, new), core
 
-    def _codec_of(self, code: VectorCode) -> Codec:
-        return Codec(code, self.config.seed, squared=self.config.metric == "l2")
-
-    def _untrained(self) -> Codec:
-        return self._codec_of(oblivious(self.dim, self.config.bits, self.config.seed))
-
-    def _learn(self, batches: Iterable[Any]) -> Codec:
-        if self.config.mode == "oblivious":
-            return self._untrained()
-        moments = measure((self._vectors(batch) for batch in batches), self.dim)
-        return self._codec_of(learn(self.config.mode, moments, self.config.bits, self.config.seed))
-
-    def _start(self, codec: Codec) -> None:
-        nothing = self._kept(torch.empty(0, self.dim))
-        self._codec = codec
-        self._rows = Rows(codec.empty(), torch.empty(0, dtype=torch.int64), nothing)
+    def _learn(self, batches: Iterable[Any]) -> Core:
+        mode, bits, seed = self.config.mode, self.config.bits, self.config.seed
+        if mode == "oblivious":
+            code = oblivious(self.dim, bits, seed)
+        else:
+            moments = measure((self._vectors(batch) for batch in batches), self.dim)
+            code = learn(mode, moments, bits, seed)
+        return Core(self.config, Codec(code, seed, squared=self.config.metric == "l2"))
 
     def _rows_of(self, ids: Any) -> torch.Tensor:
         wanted = ids_of(ids)
-        have = self._known.ids if len(self) else torch.empty(0, dtype=torch.int64)
+        have = self._known.rows.ids if len(self) else torch.empty(0, dtype=torch.int64)
         known = torch.isin(wanted, have)
         if not bool(known.all()):
             raise InputError(f"id {int(wanted[~known][0])} is not in the index")
@@ -313,51 +286,15 @@ class QuantizedIndex:
         allowed = np.unpackbits(found, count=len(self), bitorder="little")
         return torch.from_numpy(np.flatnonzero(allowed))
 
-    def _tiles(
-        self, query: torch.Tensor, allowed: torch.Tensor | None
-    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield rows (m,) and scores (q, m), greater is better."""
-        codec, metric = self._trained, self.config.metric
-        projected, _ = codec.project(query)
-        step = max(256, TILE_SCORES // max(1, len(query)))
-        centred = query - codec.mean
-        own = -centred.square().sum(-1) if metric == "l2" else query @ codec.mean
-        every = torch.arange(len(self)) if allowed is None else allowed
-        for start in range(0, len(every), step):
-            rows = every[start : start + step]
-            where = slice(start, start + len(rows)) if allowed is None else rows
-            coded = self._known.coded(where)
-            offsets = coded.offsets.float() * codec.unit
-            tile = codec.products(projected, coded)
-            tile = 2 * tile - offsets if metric == "l2" else tile + offsets
-            yield rows, tile + own[:, None]
-
-    def _best(
-        self, query: torch.Tensor, k: int, allowed: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        absent = keys_of(torch.tensor(-torch.inf), torch.tensor(ROW_MASK))
-        best = absent.expand(len(query), k)
-        for rows, tile in self._tiles(query, allowed):
-            scores, column = tile.topk(min(k, len(rows)), dim=1)
-            best = torch.cat([best, keys_of(scores, rows[column])], 1).topk(k, dim=1).values
-        return results_of(best, None)
-
-    def _rerank(
-        self, query: torch.Tensor, rows: torch.Tensor, k: int, fetch: Fetch | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        distinct, where = rows.clamp_min(0).unique(return_inverse=True)
+    def _fetching(self, fetch: Fetch | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return what fetches checked vectors by rows."""
         if fetch is None:
-            assert self._known.originals is not None, "search has looked"
-            x = self._known.originals[distinct].float()
-        else:
-            x = self._vectors(fetch(self._known.ids[distinct].numpy()), "fetched vectors")
-            if len(x) != len(distinct):
-                raise InputError(f"fetch was given {len(distinct)} ids and returned {len(x)}")
-        found = torch.empty(rows.shape)
-        for i, candidates in enumerate(where):
-            if self.config.metric == "l2":
-                found[i] = -(x[candidates] - query[i]).square().sum(-1)
-            else:
-                found[i] = x[candidates] @ query[i]
-        found.masked_fill_(rows < 0, -torch.inf)
-        return results_of(keys_of(found, rows.clamp_min(0)).topk(k, dim=1).values, None)
+            return None
+
+        def by_rows(rows: torch.Tensor) -> torch.Tensor:
+            x = self._vectors(fetch(self._known.rows.ids[rows].numpy()), "fetched vectors")
+            if len(x) != len(rows):
+                raise InputError(f"fetch was given {len(rows)} ids and returned {len(x)}")
+            return x
+
+        return by_rows

@@ -1,12 +1,24 @@
-"""Rows of an index: codes, offsets and originals in buffers that grow."""
+"""Rows of an index: everything that is held of each vector, by name, in buffers that grow.
+
+packed0, packed1, ...   (n, row_bytes) uint8, codes of a group of directions
+scales                  (n, 1) fp16
+offsets                 (n,) fp16
+ids                     (n,) int64
+originals               (n, dim) fp16, if they are kept
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
 from quantforge.vectordb.codec import Coded
 
 GROWTH = 1.25
+
+Parts = Mapping[str, torch.Tensor]
+"""What belongs to some rows, by name; the first axis of each is the row."""
 
 
 class Growing:
@@ -38,69 +50,71 @@ class Growing:
 
     def put(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         """Overwrite rows; a buffer that is a file's stays as it is there."""
-        self._buffer[index] = rows
+        self._buffer[index] = rows.to(self._buffer.device)
 
     def keep(self, index: torch.Tensor) -> None:
-        """Keep these rows alone, without spare room."""
+        """Keep these rows alone, in this order, without spare room."""
         self._buffer = self.rows[index]
         self._count = len(index)
 
 
 class Rows:
-    """All that an index holds of its vectors, row by row."""
+    """All that an index holds of its vectors, row by row.
 
-    def __init__(self, coded: Coded, ids: torch.Tensor, originals: torch.Tensor | None) -> None:
-        self._packed = [Growing(part) for part in coded.packed]
-        self._scales, self._offsets = Growing(coded.scales), Growing(coded.offsets)
-        self._ids = Growing(ids)
-        self._originals = None if originals is None else Growing(originals)
+    Args:
+        parts: tensors by name, one row for each vector; those of no vectors fix the dtypes.
+    """
 
-    def _all(self) -> list[Growing]:
-        kept = [] if self._originals is None else [self._originals]
-        return [*self._packed, self._scales, self._offsets, self._ids, *kept]
+    def __init__(self, parts: Parts) -> None:
+        self._parts = {name: Growing(part) for name, part in parts.items()}
 
     def __len__(self) -> int:
-        return len(self._ids.rows)
+        return len(self._parts["ids"].rows)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._parts[name].rows
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
 
     @property
     def ids(self) -> torch.Tensor:
         """Ids (n,) int64, in the order of rows."""
-        return self._ids.rows
+        return self["ids"]
 
-    @property
-    def originals(self) -> torch.Tensor | None:
-        """Original vectors (n, dim) fp16, if they are kept."""
-        return None if self._originals is None else self._originals.rows
+    def parts(self, index: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return everything of some rows."""
+        return {name: part.rows[index] for name, part in self._parts.items()}
 
     def coded(self, index: slice | torch.Tensor) -> Coded:
         """Return the codes of some rows."""
-        packed = tuple(part.rows[index] for part in self._packed)
-        return Coded(packed, self._scales.rows[index], self._offsets.rows[index])
+        return Coded.of({name: self[name][index] for name in self._parts if is_code(name)})
 
     def report(self) -> dict[str, int]:
         """Return the bytes held by part."""
-        return {
-            "codes": sum(part.nbytes for part in self._packed),
-            "scales": self._scales.nbytes + self._offsets.nbytes,
-            "ids": self._ids.nbytes,
-            "originals": 0 if self._originals is None else self._originals.nbytes,
-        }
+        held = {"codes": 0, "scales": 0, "ids": 0, "originals": 0}
+        for name, part in self._parts.items():
+            name = "codes" if name.startswith("packed") else name
+            name = "scales" if name == "offsets" else name
+            held[name] = held.get(name, 0) + part.nbytes
+        return held
 
-    def append(self, coded: Coded, ids: torch.Tensor, originals: torch.Tensor | None) -> None:
-        """Add rows."""
-        parts = [*coded.packed, coded.scales, coded.offsets, ids]
-        parts += [] if originals is None else [originals]
-        for part, rows in zip(self._all(), parts, strict=True):
-            part.append(rows)
+    def append(self, parts: Parts) -> None:
+        """Add rows; `parts` has the names of this."""
+        for name, part in self._parts.items():
+            part.append(parts[name])
 
-    def put(self, index: torch.Tensor, coded: Coded, originals: torch.Tensor | None) -> None:
-        """Overwrite the vectors of rows; their ids stay."""
-        parts = [*coded.packed, coded.scales, coded.offsets, self.ids[index]]
-        parts += [] if originals is None else [originals]
-        for part, rows in zip(self._all(), parts, strict=True):
-            part.put(index, rows)
+    def put(self, index: torch.Tensor, parts: Parts) -> None:
+        """Overwrite the parts given of some rows."""
+        for name, part in parts.items():
+            self._parts[name].put(index, part)
 
     def keep(self, index: torch.Tensor) -> None:
-        """Keep these rows alone."""
-        for part in self._all():
+        """Keep these rows alone, in this order."""
+        for part in self._parts.values():
             part.keep(index)
+
+
+def is_code(name: str) -> bool:
+    """Whether a part belongs to `Coded`."""
+    return name.startswith("packed") or name in ("scales", "offsets")
