@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
+from quantforge import settings
 from quantforge.errors import ConfigError
 from quantforge.spec import (
     CodebookName,
@@ -92,3 +94,17 @@ class QuantForgeConfig:
         if unknown:
             raise ConfigError(f"unknown settings {unknown}; known are {sorted(known)}")
         return cls(**values)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the settings into a JSON file for `from_file`."""
+        settings.write(path, {"vectors": self.to_dict()})
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> QuantForgeConfig:
+        """Read the section "vectors" of a file of settings (`settings`, `quantforge optimize`).
+
+        Raises:
+            FormatError: for a file of another kind or of a later version.
+            ConfigError: for a bad setting, with its name.
+        """
+        return settings.read(path, "vectors", cls.from_dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from quantforge import settings as settings_file
 from quantforge.errors import ConfigError, UnsupportedError
 from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
@@ -23,6 +25,7 @@ from quantforge.llm.options import CacheConfig
 from quantforge.llm.presets import preset_settings
 from quantforge.llm.prompt_cache import PromptCache
 from quantforge.llm.report import CacheReport, report
+from quantforge.llm.saved_settings import checked_settings
 from quantforge.llm.sliding import QuantForgeSlidingLayer
 from quantforge.llm.static import QuantForgeStaticLayer
 
@@ -86,6 +89,25 @@ class QuantForgeCache(PromptCache, DynamicCache):
             layers=[] if config is None else self._layers_of(self._config),
             offloading=offloading,
             offload_only_non_sliding=offload_only_non_sliding,
+        )
+
+    @classmethod
+    def from_file(
+        cls, path: str | PathLike[str], config: Any = None, **settings: Any
+    ) -> QuantForgeCache:
+        """Make an empty cache with the section "cache" of a file of settings.
+
+        Args:
+            path: of the JSON file, such as `quantforge optimize` writes.
+            config: the model's config.
+            **settings: what to change of the file's.
+
+        Raises:
+            FormatError: for a file of another kind or of a later version.
+            ConfigError: for a bad setting, with its name.
+        """
+        return settings_file.read(
+            path, "cache", lambda values: cls(config, **checked_settings(values) | settings)
         )
 
     def _layers_of(self, config: Any) -> list[Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal, get_args
 
+from quantforge import settings
 from quantforge.errors import ConfigError
 from quantforge.numerics.vectors import Mode
 from quantforge.spec import MAX_BITS, check_choice, check_int
@@ -58,3 +60,17 @@ class IndexConfig:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown settings {unknown}; known are {sorted(known)}")
         return cls(**values)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the settings into a JSON file for `from_file`."""
+        settings.write(path, {"index": self.to_dict()})
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> IndexConfig:
+        """Read the section "index" of a file of settings.
+
+        Raises:
+            FormatError: for a file of another kind or of a later version.
+            ConfigError: for a bad setting, with its name.
+        """
+        return settings.read(path, "index", cls.from_dict)
