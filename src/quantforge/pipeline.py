@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -238,15 +238,18 @@ class QuantPipeline:
         *,
         name: str = "vectors",
         metadata: Mapping[str, str] | None = None,
+        device: torch.device | str | None = None,
         progress: bool | None = None,
     ) -> None:
         """Compress a .npy file, or any array, into a quantforge file in constant memory.
 
         Args:
             source: path of a .npy file of (..., dim) floats, or such an array.
-            path: of the safetensors file; it replaces an old one when it is complete.
+            path: of the safetensors file, or of a .npz file that numpy alone can decode; it
+                replaces an old one when it is complete.
             name: of the tensor in the file.
             metadata: strings of your own for the header.
+            device: where to compute; where the source is, if None.
             progress: show a bar; None: if it takes long, on a terminal.
 
         Raises:
@@ -256,19 +259,22 @@ class QuantPipeline:
         Cost: reads the source once (twice with statistics).
         """
         from quantforge.io import create_file  # loads safetensors
+        from quantforge.io.npz import create_npz, is_npz
 
+        create = create_npz if is_npz(path) else create_file
         array = open_npy(source) if isinstance(source, str | PathLike) else source
         checked = Source.of(array, self.dim)
         statistics = self.measure(array, progress=progress)
         empty = self._empty_parts(checked.shape[:-1], torch.device("meta"))
         template = self._tensor(*empty, statistics.to(empty[0].device), checked)
-        local, start = statistics.to(checked.device), 0
+        where = checked.device if device is None else torch.device(device)
+        local, start = statistics.to(where), 0
         with (
-            create_file(path, {name: template}, metadata=metadata) as file,
+            create(path, {name: template}, metadata=metadata) as file,
             progress_bar("compress", checked.rows, progress) as advance,
         ):
             for chunk in checked.chunks():
-                parts = self._quantize(checked, start, chunk, local)
+                parts = self._quantize(checked, start, chunk.to(where), local)
                 file.write(name, self._tensor(*parts, local, checked))
                 start += len(chunk)
                 advance(len(chunk))
@@ -279,41 +285,66 @@ class QuantPipeline:
         target: str | PathLike[str],
         *,
         name: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
         progress: bool | None = None,
     ) -> None:
         """Decode a tensor of a quantforge file into a .npy file in constant memory.
 
         Args:
-            path: of the quantforge file.
+            path: of the quantforge file, safetensors or .npz.
             target: of the .npy file; it replaces an old one when it is complete.
             name: of the tensor; may be None if the file holds one quantized tensor.
+            dtype: of the numbers; what the tensor stands for, if None.
+            device: where to compute.
             progress: show a bar; None: if it takes long, on a terminal.
 
         Raises:
             FormatError: if the file is damaged.
             InputError: if there is no such tensor, or it stands for a dtype numpy does not have.
         """
-        from quantforge.io import open_file  # loads safetensors
         from quantforge.io.atomic import replacing
 
-        with open_file(path) as file:
-            names = [n for n in file if file.info(n).spec is not None and name in (None, n)]
-            if len(names) != 1:
-                raise InputError(
-                    f"name one quantized tensor of {path}; it has {sorted(file)}; got name={name!r}"
-                )
-            q = file[names[0]]
+        q = quantized_in(path, name)
         check_quantized(q, self.dim)
-        descr = np.lib.format.dtype_to_descr(numpy_dtype(q.dtype))
+        dtype = q.dtype if dtype is None else dtype
+        descr = np.lib.format.dtype_to_descr(numpy_dtype(dtype))
         header = {"descr": descr, "fortran_order": False, "shape": tuple(q.shape)}
         with (
             replacing(Path(target)) as out,
             progress_bar("decompress", prod(q.shape[:-1]), progress) as advance,
         ):
             np.lib.format.write_array_header_1_0(out, header)
-            for piece in [q[None]] if q.ndim == 1 else pieces(q, CHUNK_NUMBERS["cpu"]):
-                out.write(as_container(piece.dequantize(), "numpy").tobytes())
+            parts: Iterable[Any] = [q[None]] if q.ndim == 1 else pieces(q, CHUNK_NUMBERS["cpu"])
+            for piece in parts:
+                decoded = piece.to(device).dequantize(dtype)
+                out.write(as_container(decoded, "numpy").tobytes())
                 advance(prod(piece.shape[:-1]))
+
+
+def quantized_in(path: str | PathLike[str], name: str | None = None) -> QuantTensor:
+    """Open a quantized tensor of a file, safetensors or .npz; its codes are mapped.
+
+    Args:
+        path: of the file.
+        name: of the tensor; may be None if the file holds one quantized tensor.
+
+    Raises:
+        FormatError: if the file is damaged.
+        InputError: if there is no such tensor.
+    """
+    from quantforge.io import open_file  # loads safetensors
+    from quantforge.io.npz import is_npz, load_npz
+
+    if is_npz(path):
+        return load_npz(path)
+    with open_file(path) as file:
+        names = [n for n in file if file.info(n).spec is not None and name in (None, n)]
+        if len(names) != 1:
+            raise InputError(
+                f"name one quantized tensor of {path}; it has {sorted(file)}; got name={name!r}"
+            )
+        return file[names[0]]  # type: ignore[return-value]
 
 
 @contextmanager

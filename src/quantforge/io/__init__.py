@@ -7,6 +7,7 @@
     header    keys, metadata, validation      index     shards and how a set replaces another
     writer    one file                        save      one file or shards
     reader    memory-mapped loading           atomic    files that appear whole or not at all
+    npz       for numpy alone                 npy       arrays in .npy format, and in .npz files
 
 The format is described in docs/format.md. Nothing in a file is executed or imported by name.
 """
