@@ -1,0 +1,100 @@
+"""What an optimizer has to say: readable advice, and the settings as a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantforge import settings
+from quantforge.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to use, and what that means; `print` it.
+
+    Attributes:
+        what: the settings, as code.
+        why: how they were chosen, and against what.
+        expected: accuracy on data that had no say in the choice.
+        nbytes: of a vector, or of a cache at some length, and how much that saves.
+        gives_up: what is lost against no compression and against the most accurate setting.
+    """
+
+    what: str
+    why: str
+    expected: str
+    nbytes: str
+    gives_up: str
+
+    def __str__(self) -> str:
+        lines = (
+            ("use", self.what), ("why", self.why), ("expect", self.expected),
+            ("bytes", self.nbytes), ("gives up", self.gives_up),
+        )  # fmt: skip
+        return "\n".join(f"{label:9} {text}" for label, text in lines)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Settings that were chosen.
+
+    Attributes:
+        sections: of a file of settings, by what reads them: "vectors", "index", "cache".
+    """
+
+    sections: Mapping[str, Mapping[str, Any]]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file for `QuantForgeConfig`, `IndexConfig` and `QuantForgeCache.from_file`."""
+        settings.write(path, self.sections)
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows under a head in columns of equal width."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def draw(
+    path: str | os.PathLike[str],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    front: tuple[Sequence[float], Sequence[float]],
+    labels: tuple[str, str],
+    title: str,
+    *,
+    log: bool,
+) -> None:
+    """Draw points and the line of those that no other beats (needs the extra `plot`).
+
+    Args:
+        path: .svg, .png, ...
+        series: x and y by name.
+        front: x and y of the line.
+        labels: of the axes.
+        title: of the figure.
+        log: whether y is drawn by its logarithm.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UnsupportedError('a plot needs matplotlib: pip install "quantforge[plot]"') from error
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in series.items():
+        axes.plot(x, y, "o", markersize=4, alpha=0.7, label=name)
+    axes.plot(*front, "-", color="0.4", linewidth=1, zorder=0, label="not beaten in both")
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(Path(path), metadata={"Date": None} if str(path).endswith(".svg") else None)
