@@ -56,7 +56,9 @@ def test_clear_cases_need_k_candidates() -> None:
 def test_rows_that_are_not_there_have_no_chance() -> None:
     scores = torch.tensor([[2.0, 1.0, -torch.inf, -torch.inf]])
     rows = torch.tensor([[5, 3, -1, -1]])
-    found = choose(lambda m: (scores[:, :m], rows[:, :m]), torch.ones_like, 4, 3, 0.99)
+    found = choose(
+        lambda m: (scores[:, :m], rows[:, :m]), lambda r: torch.ones(r.shape), 4, 3, 0.99
+    )
     assert found[0, :2].tolist() == [5, 3]
     assert (found[0, 2:] == -1).all()
     assert torch.allclose(chances(scores, torch.ones(1, 4), 3)[0, 2:], torch.zeros(2))
