@@ -31,7 +31,7 @@ LAYERS = (
     ("ops",),
     ("dispatch", "tensor"),
     ("arrays", "io", "pipeline", "quantizer"),
-    ("inputs",),
+    ("inputs", "measure"),
     ("llm", "vectordb"),
     ("optimizer",),  # measures both
     ("server",),

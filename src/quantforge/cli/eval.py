@@ -6,14 +6,24 @@ With --max-kl or --min-top1 it is a gate: exit code 1 if a cache does not keep w
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
+from quantforge.cli.common import (
+    LOG,
+    PLOT_SUFFIXES,
+    add_compute,
+    add_force,
+    add_json,
+    check_new,
+    check_plot,
+    device_of,
+    emit,
+    path_ending_in,
+)
+
 SUMMARY = "measure what quantized KV caches change in a model"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOG = logging.getLogger("quantforge.cli")
 EXCEEDED = 1
 
 
@@ -38,17 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", type=int, default=128, help="tokens decoded one by one")
     parser.add_argument("--samples", type=int, default=4, help="passages of the text")
     parser.add_argument("--no-needles", action="store_true", help="plant and ask for no codes")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of a table")
     parser.add_argument("--output", type=Path, help="file for the JSON, besides stdout")
-    parser.add_argument("--plot", type=Path, help="file for a plot (.svg, .png, ...)")
+    parser.add_argument("--plot", type=path_ending_in(*PLOT_SUFFIXES), help="file for a plot")
+    add_compute(parser, seed=False)
+    add_force(parser)
+    add_json(parser)
     parser.add_argument("--max-kl", type=float, help="greatest mean KL allowed, nats")
     parser.add_argument("--min-top1", type=float, help="least top-1 agreement allowed, 0 to 1")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and judge."""
+    check_new(args.output, args.force)
+    check_plot(args.plot, args.force)
+    device = device_of(args)
+    import json
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -62,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     result = evaluate(
-        model.to(args.device).eval(),
+        model.to(device).eval(),
         tokenizer,
         text,
         caches,
@@ -74,12 +90,11 @@ def run(args: argparse.Namespace) -> int:
         needles=not args.no_needles,
         progress=lambda name: LOG.info("measuring: %s", name),
     )
-    data = json.dumps(result.to_dict(), indent=1)
     if args.output is not None:
-        args.output.write_text(data + "\n", "utf-8")
+        args.output.write_text(json.dumps(result.to_dict(), indent=1) + "\n", "utf-8")
     if args.plot is not None:
         result.plot(args.plot)
-    print(data if args.json else result)
+    emit(args, result.to_dict(), str(result))
     return _judge(result, args.max_kl, args.min_top1)
 
 

@@ -29,7 +29,7 @@ class RowStream:
         shape: (n, ...).
         dtype: of the numbers.
         read: begins to read and returns an iterator of arrays (m, ...), n rows in all.
-        once: `read` may be called only once.
+        once: `read` may be called only once; rows from the start of the last slice on stay.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RowStream:
         once: bool = False,
     ) -> None:
         self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
-        self._where, self._read, self._once = where, read, once
+        self._where, self._read, self.once = where, read, once
         self._blocks: Blocks | None = None
         self._first, self._held = 0, np.empty((0, *shape[1:]), dtype)
 
@@ -76,7 +76,7 @@ class RowStream:
         return self._held[start - self._first : stop - self._first]
 
     def _begin(self) -> None:
-        if self._blocks is not None and self._once:
+        if self._blocks is not None and self.once:
             raise InputError(
                 f"{self._where} can be read only once, and this needs a second pass; save it to a "
                 "file first"
