@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for part in [args.only] if args.only else PARTS:
         LOG.info("running %s", folder / PARTS[part])
         try:
-            sys.argv = [PARTS[part], *arguments]
+            sys.argv = ["", *arguments]
             runpy.run_path(str(folder / PARTS[part]), run_name="__main__")
         except AssertionError as error:
             raise CommandError(f"the demo's claim does not hold here: {error}") from error

@@ -9,6 +9,7 @@ A settings file is what `compress --config`, `benchmark --config` and `index bui
 from __future__ import annotations
 
 import argparse
+from math import prod
 from pathlib import Path
 
 from quantforge.cli.common import (
@@ -35,11 +36,14 @@ SAMPLE_READ = 20_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_input(parser)
-    parser.add_argument("--objective", choices=("recall", "cosine", "mse"), default="recall",
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--objective", choices=("balanced", "accuracy", "bytes", "latency"),
+                      default="balanced", help="what counts most")  # fmt: skip
+    what.add_argument("--weights", type=float, nargs=3, metavar=("ACC", "MEM", "LAT"),
+                      help="of accuracy, memory and latency, instead")  # fmt: skip
+    parser.add_argument("--accuracy", choices=("recall", "cosine", "mse"), default="recall",
                         help="what accuracy means (default: recall, of ten)")  # fmt: skip
     parser.add_argument("--metric", choices=("ip", "cosine", "l2"), default="ip")
-    parser.add_argument("--weights", type=float, nargs=3, metavar=("ACC", "MEM", "LAT"),
-                        help="of accuracy, memory and latency")  # fmt: skip
     parser.add_argument("--max-bytes", type=float, help="bytes that a vector may have")
     parser.add_argument("--min-accuracy", type=share, help="accuracy to reach")
     parser.add_argument("--policy", choices=("auto", "exhaustive", "random", "tpe", "nsga2"),
@@ -61,16 +65,18 @@ def run(args: argparse.Namespace) -> int:
     from quantforge.inputs import open_vectors, sample
     from quantforge.optimizer import Weights, optimize
 
+    array = open_vectors(args.input, name=args.name)
     result = optimize(
-        sample(open_vectors(args.input, name=args.name), max(SAMPLE_READ, 2 * args.sample)),
-        objective=args.objective,
+        sample(array, max(SAMPLE_READ, 2 * args.sample)),
+        objective=args.objective if args.weights is None else Weights(*args.weights),
+        accuracy=args.accuracy,
         metric=args.metric,
-        weights=None if args.weights is None else Weights(*args.weights),
         max_bytes=args.max_bytes,
         min_accuracy=args.min_accuracy,
         policy=args.policy,
         trials=args.trials,
         sample=args.sample,
+        stored=prod(array.shape[:-1]),
         device=str(device),
         seed=args.seed or 0,
         progress=lambda what: LOG.info("measuring: %s", what),
