@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from quantforge.llm import QuantForgeCache
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.static import QuantForgeStaticLayer
+from quantforge.llm.static_sliding import QuantForgeStaticSlidingLayer
 from tests.llm.models import random_model
 
 pytestmark = pytest.mark.gpu
@@ -49,10 +50,16 @@ def attend(
 
 @pytest.mark.parametrize("bits", [4, 3, (4, 2)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_replayed_step_is_the_eager_step(bits: Any, masked: bool) -> None:
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_replayed_step_is_the_eager_step(bits: Any, masked: bool, window: int | None) -> None:
     """One graph appends, packs and attends for as long as there is room, bit for bit."""
     options, batch = CacheConfig(bits=bits), 3
-    layers = [QuantForgeStaticLayer(options, 1024) for _ in range(2)]
+    layers = [
+        QuantForgeStaticLayer(options, 1024)
+        if window is None
+        else QuantForgeStaticSlidingLayer(options, 1024, window)
+        for _ in range(2)
+    ]
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ from quantforge.llm.report import CacheReport, report
 from quantforge.llm.saved_settings import checked_settings
 from quantforge.llm.sliding import QuantForgeSlidingLayer
 from quantforge.llm.static import QuantForgeStaticLayer
+from quantforge.llm.static_sliding import QuantForgeStaticSlidingLayer
 
 SLIDING = ("sliding_attention", "chunked_attention")
 
@@ -49,7 +50,7 @@ class QuantForgeCache(PromptCache, DynamicCache):
         layers: settings that differ in single layers: {layer index: {setting: value}}.
         max_cache_len: room for so many tokens, allocated at once, with lengths on the device: for
             `torch.compile` and CUDA graphs, which `generate()` then uses by itself on a GPU. Layers
-            other than full attention are transformers' own static ones.
+            other than attention are transformers' own static ones.
         offloading: keep all layers but the one at work on the CPU (needs a GPU).
         offload_only_non_sliding: but leave sliding-window layers, which are small, where they are.
         **settings: see `CacheConfig`: bits, sinks, window, page_size, shift, equalizer, ...
@@ -118,11 +119,11 @@ class QuantForgeCache(PromptCache, DynamicCache):
         for index, (kind, settings) in enumerate(zip(types, per_layer, strict=True)):
             if kind == "full_attention":
                 layers.append(self._new_layer(index))
+            elif kind in SLIDING:
+                layers.append(self._new_sliding_layer(index, settings["sliding_window"]))
             elif self._max_cache_len is not None:
                 static = STATIC_LAYER_TYPE_MAPPING[kind]
                 layers.append(static(max_cache_len=self._max_cache_len, **settings))
-            elif kind in SLIDING:
-                layers.append(self._new_sliding_layer(index, settings["sliding_window"]))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**settings))
         return layers
@@ -138,7 +139,10 @@ class QuantForgeCache(PromptCache, DynamicCache):
             return LatentLayer(self._options_of(index), rank)
         return QuantForgeLayer(self._options_of(index))
 
-    def _new_sliding_layer(self, index: int, window: int) -> QuantForgeSlidingLayer:
+    def _new_sliding_layer(self, index: int, window: int) -> QuantForgeLayer:
+        if self._max_cache_len is not None:
+            options = self._options_of(index)
+            return QuantForgeStaticSlidingLayer(options, self._max_cache_len, window)
         return QuantForgeSlidingLayer(self._options_of(index), window)
 
     def update(

@@ -147,10 +147,9 @@ def _other(index: int, layer: Any, nbytes: int) -> LayerReport:
 
 def _quantized(index: int, layer: QuantForgeLayer, nbytes: int) -> LayerReport:
     keys, values = layer._stores()
-    options = layer.options
     tokens = int(layer.get_seq_length())
     held = int(keys.length)
-    sinks = min(options.sinks, keys.n_dense)
+    sinks = min(keys.options.sinks, keys.n_dense)
     assert keys.dense is not None, "it has tokens"
     batch, heads = keys.dense.shape[:2]
     numbers = batch * heads * held * (keys.spec.dim + values.spec.dim)

@@ -20,22 +20,12 @@ from quantforge.errors import ConfigError, InputError
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.paged import PageFormat
+from quantforge.llm.static_store import WholePages, give_statistics, keep_statistics
 from quantforge.llm.static_view import Meta, StaticTensor
 from quantforge.llm.store import Store
 from quantforge.ops.window_append import op as window_append_op
 from quantforge.ops.window_append.api import DENSE, LOST, PACKED, Window, new_window
 from quantforge.spec import QuantSpec, check_int
-
-
-class WholePages(Store):
-    """A store that fills the page which a crop has left in part before it begins another."""
-
-    @property
-    def due(self) -> int:
-        """Tokens that have left the window and fill pages."""
-        size = self.options.page_size
-        kept = self.n_packed % size
-        return max(0, (self._recent - self.options.window + kept) // size * size - kept)
 
 
 class QuantForgeStaticLayer(QuantForgeLayer):
@@ -56,6 +46,8 @@ class QuantForgeStaticLayer(QuantForgeLayer):
     """Whether the stores hold what the window does not: a prompt whose packing waits."""
     _bound: int
     """Tokens that may be held: an upper limit, so that an overflow is seen without waiting."""
+    _before = 0
+    """Tokens before those that `_held` counts, which have left a window."""
 
     def __init__(self, options: CacheConfig, max_cache_len: int) -> None:
         check_int("max_cache_len", max_cache_len, 1, 1 << 30)
@@ -74,24 +66,28 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         """Allocate buffers for keys and values like these."""
         with torch.inference_mode(False), torch.no_grad():
             super().lazy_initialization(key_states, value_states)
-            options, pages = self.options, self._keys.pages
-            self._page = self._keys.options.page_size
+            options, pages = self._keys.options, self._keys.pages
+            self._page = options.page_size
             rows = options.sinks + options.window + self._page
             self._most = min(self._page, options.window + 1)
-            # one page more: after a crop a row of tokens may not fill its pages
-            needed = -(-max(0, self.max_cache_len - rows) // self._page) + 1
+            tokens = self._packed_room(rows)
             self._window = new_window(
                 key_states,
                 value_states,
                 rows,
-                needed * self._page,
+                tokens,
                 None if pages is None else pages.layout,
                 (self._keys.spec, self._values.spec),
             )
-        self.capacity = rows + needed * self._page
+        self.capacity = rows + tokens
         self._batch = key_states.shape[0]
         self._pending, self._held, self._bound = False, (0, 0), 0
         self._adopt(self._window)
+
+    def _packed_room(self, rows: int) -> int:
+        """Return the packed tokens for which there must be room behind so many dense rows."""
+        # one page more: after a crop a row of tokens may not fill its pages
+        return (-(-max(0, self.max_cache_len - rows) // self._page) + 1) * self._page
 
     def _new_store(self, spec: QuantSpec, pages: PageFormat | None) -> Store:
         page = self.options.page_size if pages is None else pages.layout.tokens
@@ -100,14 +96,19 @@ class QuantForgeStaticLayer(QuantForgeLayer):
     def _adopt(self, window: Window) -> None:
         """Make buffers those of the layer; graphs may count on their addresses."""
         self._window = window
+        self._lend()
+        for t in window:
+            torch._dynamo.mark_static_address(t)
+
+    def _lend(self) -> None:
+        """Let the stores write into the packed buffers."""
+        w = self._window
         for store, packed, scales in (
-            (self._keys, window.k_packed, window.k_scales),
-            (self._values, window.v_packed, window.v_scales),
+            (self._keys, w.k_packed, w.k_scales),
+            (self._values, w.v_packed, w.v_scales),
         ):
             store.packed = packed
             store.scales = None if store.pages is not None else scales
-        for t in window:
-            torch._dynamo.mark_static_address(t)
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +146,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         if self.get_seq_length() == 0 and key_states.shape[0] != self._batch:
             self.lazy_initialization(key_states, value_states)
         held, q = self._lengths(), key_states.shape[2]
-        self._check_room(sum(held), q)
+        self._check_room(self._before + sum(held), q)
         rows, kept = self._window.k_dense.shape[2], held[0] % self._page
         # a cache loaded from one of other pages may hold more beside a page in part
         crowded = held[1] + q > rows + self._page - kept
@@ -160,7 +161,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
 
     def _append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append on the device, in pieces that fit."""
-        options = self.options
+        options = self._keys.options
         for k, v in zip(key.split(self._most, 2), value.split(self._most, 2), strict=True):
             window_append_op.window_append(
                 *self._window,
@@ -183,13 +184,17 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         return keys, values
 
     def _views(self) -> tuple[StaticTensor, StaticTensor]:
-        options, w = self.options, self._window
-        rest = (options.sinks, self._page, options.shift, options.equalizer, 1, False)
-        k_meta: Meta = (self._keys.spec.key, *rest)
-        v_meta: Meta = (self._values.spec.key, *rest)
+        return self._views_of(self._window)
+
+    def _views_of(self, w: Window) -> tuple[StaticTensor, StaticTensor]:
+        k_meta, v_meta = self._meta(self._keys.spec), self._meta(self._values.spec)
         k = StaticTensor(w.k_dense, w.k_packed, w.k_scales, w.k_statistics, w.counts, k_meta)
         v = StaticTensor(w.v_dense, w.v_packed, w.v_scales, w.v_statistics, w.counts, v_meta)
         return k, v
+
+    def _meta(self, spec: QuantSpec) -> Meta:
+        options = self._keys.options
+        return Meta(spec.key, options.sinks, self._page, options.shift, options.equalizer)
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -216,10 +221,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
             store.n_packed = store.n_rows = n_packed
             store.n_dense = n_dense
             store.dense = dense[:, :, :n_dense].clone() if n_dense else None
-            measured = n_packed > 0
-            shift, equalizer, _ = statistics.clone().unbind(0)
-            store.shift = shift if measured and self.options.shift else None
-            store.equalizer = equalizer if measured and self.options.equalizer else None
+            give_statistics(store, statistics)
 
     def _store_back(self) -> None:
         """Let the window hold what the stores do."""
@@ -230,9 +232,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         ):
             if store.dense is not None:
                 dense[:, :, : store.n_dense] = store.dense[:, :, : store.n_dense]
-            for i, measured in enumerate((store.shift, store.equalizer)):
-                if measured is not None:
-                    statistics[i] = measured
+            keep_statistics(store, statistics)
             store.dense = None
         self._tell_queries()
         self._pending = False
@@ -291,7 +291,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
                     f"{self.max_cache_len}; use a greater one, or reset() it"
                 )
             self._held = (counts[PACKED], counts[DENSE])
-        self._bound = sum(self._held)
+        self._bound = self._before + sum(self._held)
         return self._held
 
     def _set_lengths(self, n_packed: int, n_dense: int) -> None:
@@ -299,7 +299,7 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         counts[PACKED].fill_(n_packed)
         counts[DENSE].fill_(n_dense)
         counts[LOST:].zero_()
-        self._held, self._bound = (n_packed, n_dense), n_packed + n_dense
+        self._held, self._bound = (n_packed, n_dense), self._before + n_packed + n_dense
 
     def _check_room(self, length: int, q: int) -> None:
         if length + q > self.max_cache_len:
@@ -315,9 +315,12 @@ class QuantForgeStaticLayer(QuantForgeLayer):
         if torch.compiler.is_compiling() or (self._held is None and not self._pending):
             if self._pending:
                 self._settle_eagerly()
-            counts = self._window.counts
-            return (counts[PACKED, 0] + counts[DENSE, 0]).long()  # type: ignore[return-value]
-        return self._keys.length if self._pending else sum(self._lengths())
+            return self._counted().long()  # type: ignore[return-value]
+        return self._keys.length if self._pending else self._before + sum(self._lengths())
+
+    def _counted(self) -> torch.Tensor:
+        """Return the number of tokens, as the device knows it."""
+        return self._window.counts[PACKED, 0] + self._window.counts[DENSE, 0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length and offset of the keys that the next update will return.
@@ -331,14 +334,18 @@ class QuantForgeStaticLayer(QuantForgeLayer):
             return query_length, 0
         if self._pending or self._held is not None or query_length > self._most:
             self._settle()
-            length = sum(self._lengths())
+            length = self._before + sum(self._lengths())
             self._check_room(length, query_length)
             if length == 0 or query_length > self._most:
-                return length + query_length, 0
+                return self._sizes_in_order(length, query_length)
         self._bound += query_length  # compiled steps may have appended as much
         if self._bound > self.max_cache_len:
-            self._check_room(sum(self._lengths()), query_length)
+            self._check_room(self._before + sum(self._lengths()), query_length)
         return self.capacity, 0
+
+    def _sizes_in_order(self, length: int, query_length: int) -> tuple[int, int]:
+        """Return the mask sizes of an update that takes the way of a prompt."""
+        return length + query_length, 0
 
     def get_max_length(self) -> int:
         """Return the number of tokens for which there is room."""

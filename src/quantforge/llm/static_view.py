@@ -8,20 +8,47 @@ is the capacity; what is behind the tokens held is hidden from attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from quantforge.dispatch.gradient import autocast, forward_only
 from quantforge.errors import InputError, UnsupportedError
+from quantforge.llm.ring import in_order_of_slots
 from quantforge.ops.attention import op as attention_op
 from quantforge.ops.decode_attention import op as decode_op
 from quantforge.ops.merge import Partial, dense_attention, merge_partials
 
 FIELDS = ("dense", "packed", "scales", "statistics", "counts")
-Meta = tuple[str, int, int, bool, bool, int, bool]
-"""Spec, sinks, page, whether there is a shift and an equalizer, n_rep, staged: constants only."""
+
+
+class Meta(NamedTuple):
+    """What a StaticTensor is besides its parts: constants only.
+
+    Attributes:
+        spec: key of the code.
+        n_sinks: dense rows before the packed tokens.
+        page: tokens packed at a time.
+        has_shift: whether the codes are of shifted rows.
+        has_equalizer: whether they are of equalized rows.
+        window: tokens that a query sees, whose packed rows lie in a ring (`llm.ring`); 0: all.
+        columns: of the masks of a ring; 0: as many as there is room for rows.
+        n_rep: query heads of a head, once `repeat_kv` has asked for it.
+        staged: rows are being repeated: the shape has the extra axis of `repeat_kv`.
+    """
+
+    spec: str
+    n_sinks: int
+    page: int
+    has_shift: bool
+    has_equalizer: bool
+    window: int = 0
+    columns: int = 0
+    n_rep: int = 1
+    staged: bool = False
+
+
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 
 
@@ -63,12 +90,11 @@ class StaticTensor(torch.Tensor):
         counts: torch.Tensor,
         meta: Meta,
     ) -> StaticTensor:
-        _, _, page, _, _, n_rep, staged = meta
         batch, heads, rows, dim = dense.shape
-        tokens = packed.shape[1] * page if scales.ndim == 1 else packed.shape[2]
-        shape = [batch, heads * n_rep, rows + tokens, dim]
-        if staged:
-            shape[1:2] = [heads, n_rep]
+        tokens = packed.shape[1] * meta.page if scales.ndim == 1 else packed.shape[2]
+        shape = [batch, heads * meta.n_rep, meta.columns or rows + tokens, dim]
+        if meta.staged:
+            shape[1:2] = [heads, meta.n_rep]
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dense.dtype, device=dense.device
         )
@@ -78,7 +104,7 @@ class StaticTensor(torch.Tensor):
 
     def _but(self, n_rep: int, staged: bool) -> StaticTensor:
         parts = (self.dense, self.packed, self.scales, self.statistics, self.counts)
-        return StaticTensor(*parts, (*self._meta[:5], n_rep, staged))
+        return StaticTensor(*parts, self._meta._replace(n_rep=n_rep, staged=staged))
 
     @property
     def is_paged(self) -> bool:
@@ -86,14 +112,11 @@ class StaticTensor(torch.Tensor):
         return self.scales.ndim == 1
 
     @property
-    def shift(self) -> torch.Tensor | None:
-        """(B, Hkv, 1, dim), or None."""
-        return self.statistics[0] if self._meta[3] else None
-
-    @property
-    def equalizer(self) -> torch.Tensor | None:
-        """(B, Hkv, 1, dim), or None."""
-        return self.statistics[1] if self._meta[4] else None
+    def shape_of_room(self) -> tuple[int, int]:
+        """Packed tokens and dense rows for which there is room."""
+        paged = self.is_paged
+        tokens = self.packed.shape[1] * self._meta.page if paged else self.packed.shape[2]
+        return tokens, self.dense.shape[2]
 
     def __tensor_flatten__(self) -> tuple[list[str], Meta]:
         return list(FIELDS), self._meta
@@ -129,7 +152,7 @@ class StaticTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.ops.aten.detach.default or func is torch.ops.aten.alias.default:
-            return args[0]._but(*args[0]._meta[5:])
+            return args[0]._but(*args[0]._meta[-2:])
         raise UnsupportedError(
             f"{func} is not defined on the keys and values of a static QuantForgeCache; load the "
             'model with attn_implementation="sdpa", or make the cache without max_cache_len'
@@ -148,7 +171,7 @@ def _contiguous(x: StaticTensor, **kwargs: Any) -> StaticTensor:
 def _getitem(x: StaticTensor, key: Any) -> StaticTensor:
     """`hidden_states[:, :, None, :, :]`, the start of transformers' `repeat_kv`."""
     whole = slice(None)
-    if key != (whole, whole, None, whole, whole) or x._meta[5] > 1:
+    if key != (whole, whole, None, whole, whole) or x._meta.n_rep > 1:
         raise UnsupportedError(
             f"keys and values of a static QuantForgeCache cannot be indexed with {key!r}"
         )
@@ -157,7 +180,7 @@ def _getitem(x: StaticTensor, key: Any) -> StaticTensor:
 
 @on(torch.Tensor.expand)
 def _expand(x: StaticTensor, *sizes: int) -> StaticTensor:
-    if not x._meta[6] or len(sizes) != 5:
+    if not x._meta.staged or len(sizes) != 5:
         raise UnsupportedError(
             f"keys and values of a static QuantForgeCache cannot be expanded to {sizes}"
         )
@@ -166,14 +189,27 @@ def _expand(x: StaticTensor, *sizes: int) -> StaticTensor:
 
 @on(torch.Tensor.reshape)
 def _reshape(x: StaticTensor, *shape: int) -> StaticTensor:
-    if not x._meta[6] or len(shape) != 4:
+    if not x._meta.staged or len(shape) != 4:
         raise UnsupportedError(
             f"keys and values of a static QuantForgeCache cannot be reshaped to {shape}"
         )
-    return x._but(x._meta[5], False)
+    return x._but(x._meta.n_rep, False)
 
 
 # ---- attention ------------------------------------------------------------------------------
+
+
+# a property that returns a tensor would not be traced where a graph has built its object
+
+
+def shift_of(x: StaticTensor) -> torch.Tensor | None:
+    """Return the shift (B, Hkv, 1, dim), or None."""
+    return x.statistics[0] if x._meta.has_shift else None
+
+
+def equalizer_of(x: StaticTensor) -> torch.Tensor | None:
+    """Return the equalizer (B, Hkv, 1, dim), or None."""
+    return x.statistics[1] if x._meta.has_equalizer else None
 
 
 @on(F.scaled_dot_product_attention)
@@ -218,20 +254,27 @@ def attend_static(
     softcap: float = 0.0,
 ) -> list[Partial]:
     """Attend to the tokens held: partial results, to be merged if there are several."""
+    counts, meta = key.counts, key._meta
+    if meta.window:
+        tokens, rows = key.shape_of_room
+        counts, mask = in_order_of_slots(
+            counts, tokens, rows, meta.page, meta.window, query.shape[2], mask
+        )
     if key.is_paged:
-        return [_over_pages(query, key, value, mask, scale, softcap)]
+        return [_over_pages(query, key, value, counts, mask, scale, softcap)]
     if softcap:
         raise UnsupportedError(
             "soft-capped attention to a static cache reads pages; use "
             'QuantForgeCache(..., layout="pages"), or a cache without max_cache_len'
         )
-    return _over_rows(query, key, value, mask, scale)
+    return _over_rows(query, key, value, counts, mask, scale)
 
 
 def _over_pages(
     query: torch.Tensor,
     key: StaticTensor,
     value: StaticTensor,
+    counts: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
     softcap: float,
@@ -249,12 +292,12 @@ def _over_pages(
         query,
         key.packed.flatten(0, 1),
         value.packed.flatten(0, 1),
-        *(None, key.counts[0], 0, None),
-        *(key.dense, value.dense, key.counts[1], key.dense.shape[2], key._meta[1]),
+        *(None, counts[0], 0, None),
+        *(key.dense, value.dense, counts[1], key.dense.shape[2], key._meta.n_sinks),
         *(mask, is_causal),
-        *(key.shift, key.equalizer, value.shift, value.equalizer),
+        *(shift_of(key), equalizer_of(key), shift_of(value), equalizer_of(value)),
         *(scale, softcap, 0),
-        *(key._meta[0], value._meta[0]),
+        *(key._meta.spec, value._meta.spec),
     )
     return out, lse
 
@@ -263,11 +306,12 @@ def _over_rows(
     query: torch.Tensor,
     key: StaticTensor,
     value: StaticTensor,
+    counts: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
 ) -> list[Partial]:
-    n_sinks, device, length = key._meta[1], query.device, query.shape[2]
-    n_packed, n_dense = key.counts[0, :, None], key.counts[1, :, None]  # (B, 1)
+    n_sinks, device, length = key._meta.n_sinks, query.device, query.shape[2]
+    n_packed, n_dense = counts[0, :, None], counts[1, :, None]  # (B, 1)
     packed = torch.arange(key.packed.shape[2], device=device)
     dense = torch.arange(key.dense.shape[2], device=device)
     behind = torch.where(dense < n_sinks, dense, dense + n_packed)  # (B, rows)
@@ -286,13 +330,16 @@ def _over_rows(
         part = full.gather(-1, index.expand(*full.shape[:3], -1))
         hidden = False if mask.dtype == torch.bool else -torch.inf
         masks.append(torch.where(seen, part, hidden))
-    history = attention_op.attention(
-        query,
-        *(key.packed, key.scales, key.shift, key.equalizer),
-        *(value.packed, value.scales, value.shift, value.equalizer),
-        *(masks[0], False, scale, key._meta[0], value._meta[0]),
-    )
     recent = dense_attention(
         query, key.dense.to(query.dtype), value.dense.to(query.dtype), masks[1], scale
+    )
+    window, rows = key._meta.window, key.dense.shape[2]
+    if window and rows >= window - 1 + 2 * key._meta.page:  # all that is seen is dense
+        return [recent]
+    history = attention_op.attention(
+        query,
+        *(key.packed, key.scales, shift_of(key), equalizer_of(key)),
+        *(value.packed, value.scales, shift_of(value), equalizer_of(value)),
+        *(masks[0], False, scale, key._meta.spec, value._meta.spec),
     )
     return [recent, history]
