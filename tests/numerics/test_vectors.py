@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -76,26 +78,46 @@ def test_scores_are_products_with_decoded_vectors(mode: Mode) -> None:
     x, query = skewed(300), skewed(7, 1)
     code = learn(mode, moments_of(x), 3, 5)
     encoded = vectors.encode(code, x)
-    found, _ = vectors.scores(code, encoded, query)
+    found = vectors.scores(code, encoded, query)
     exact = (x - code.mean) @ code.mean  # stored, so not taken from the codes
     decoded = vectors.decode(code, encoded) - code.mean
     expected = (query - code.mean) @ decoded.T + (query @ code.mean)[:, None] + exact
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
+def dominated(n: int, seed: int = 0) -> np.ndarray:
+    """Vectors with one direction that has most of the variance of its segment."""
+    x = np.random.RandomState(seed).standard_normal((n, DIM))
+    x[:, 7] *= 10
+    return x + 0.3
+
+
+@pytest.mark.parametrize("data", [skewed, dominated])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("mode", ["oblivious", "centred", "adapted"])
-def test_errors_are_as_large_as_said_and_scores_unbiased(mode: Mode, bits: int) -> None:
-    x, query = skewed(3000), skewed(100, 1)
+def test_errors_are_as_large_as_said_and_scores_unbiased(
+    mode: Mode, bits: int, data: Callable[..., np.ndarray]
+) -> None:
+    x, query = data(3000), data(100, 1)
     if mode == "oblivious":  # along the vector itself there is no error: a mean would be coded well
         x, query = x - 0.3, query - 0.3
     code = learn(mode, moments_of(x), bits, 5)
-    found, error = vectors.scores(code, vectors.encode(code, x), query)
-    wrong = found - query @ x.T
-    # above 1 in the adapted mode: one direction has most of its segment here, so the coordinates
-    # that share it leave the Gaussian codebook together
-    assert 0.8 < np.sqrt(np.mean((wrong / error) ** 2)) < 1.4
+    code = vectors.with_measured_errors(code, mode, 5, x[:2000] - code.mean)
+    x = data(1000, 2) - (0.3 if mode == "oblivious" else 0)
+    encoded = vectors.encode(code, x)
+    error = vectors.standard_errors(code, mode, 5, encoded, query)
+    wrong = vectors.scores(code, encoded, query) - query @ x.T
+    assert 0.8 < np.sqrt(np.square(wrong).mean() / np.square(error).mean()) < 1.25
     assert abs(wrong.mean()) < 0.05 * wrong.std()
+
+
+def test_a_centre_moves_what_is_coded() -> None:
+    x = skewed(200)
+    code = learn("adapted", moments_of(x), 2, 5)
+    centre = x + 0.01 * skewed(200, 3)
+    near = vectors.decode(code, vectors.encode(code, x, centre), centre)
+    far = vectors.decode(code, vectors.encode(code, x))
+    assert np.square(near - x).sum() < 0.01 * np.square(far - x).sum()
 
 
 def test_learning_needs_vectors() -> None:

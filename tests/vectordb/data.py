@@ -16,3 +16,11 @@ def skewed(n: int, dim: int, seed: int = 0) -> torch.Tensor:
 def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Share of the exact neighbours (q, k) among those found."""
     return float((found.unsqueeze(2) == exact.unsqueeze(1)).any(1).float().mean())
+
+
+def clustered(n: int, dim: int, clusters: int, seed: int = 0) -> torch.Tensor:
+    """Vectors around centres, nearer to them than these to each other."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 2 * torch.randn(clusters, dim, generator=torch.Generator().manual_seed(77))
+    which = torch.randint(clusters, (n,), generator=generator)
+    return centres[which] + torch.randn(n, dim, generator=generator)

@@ -37,14 +37,16 @@ def test_moments_do_not_depend_on_the_batches() -> None:
 def test_codes_and_scores_are_the_oracles(mode: Mode, dim: int) -> None:
     x, query = skewed(200, dim), skewed(9, dim, 1)
     code = code_of(mode, x, 3)
-    codec, oracle = Codec(code, 5, squared=False), vectors.encode(code, x.double().numpy())
+    codec, oracle = Codec(code, mode, 5, squared=False), vectors.encode(code, x.double().numpy())
     coded = codec.encode(x)
     for (spec, where), packed in zip(codec.groups, coded.packed, strict=True):
         same = unpack(packed.numpy(), spec.dim, spec.bits) == oracle.codes[:, where]
         assert same.mean() > 0.999  # a coordinate on a boundary may round to the other side
     queries = codec.queries(query)
     found = codec.scores(queries, coded) + queries.base
-    expected, expected_error = vectors.scores(code, oracle, query.double().numpy())
+    exact_query = query.double().numpy()
+    expected = vectors.scores(code, oracle, exact_query)
+    expected_error = vectors.standard_errors(code, mode, 5, oracle, exact_query)
     step = np.abs(expected).max() * 2e-3  # of a code next to a boundary, and offsets in fp16
     np.testing.assert_allclose(found.numpy(), expected, atol=step)
     errors = codec.standard_errors(query, coded)
@@ -59,7 +61,7 @@ def test_codes_and_scores_are_the_oracles(mode: Mode, dim: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_have_the_bytes_they_are_said_to_have(mode: Mode) -> None:
     x = skewed(100, 64)
-    codec = Codec(code_of(mode, x, 2), 5, squared=True)
+    codec = Codec(code_of(mode, x, 2), mode, 5, squared=True)
     coded = codec.encode(x)
     held = sum(t.nbytes for t in (*coded.packed, coded.scales, coded.offsets))
     assert held == 100 * codec.row_bytes
@@ -69,7 +71,7 @@ def test_rows_have_the_bytes_they_are_said_to_have(mode: Mode) -> None:
 
 def test_vectors_beyond_the_training_data_are_refused() -> None:
     x = skewed(100, 64)
-    codec = Codec(code_of("adapted", x, 2), 5, squared=False)
+    codec = Codec(code_of("adapted", x, 2), "adapted", 5, squared=False)
     with pytest.raises(InputError, match="vector 3 has norm"):
         codec.encode(torch.cat([x[:3], 1e7 * x[3:4]]))
     assert len(codec.encode(x[:0]).scales) == 0

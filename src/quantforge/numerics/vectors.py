@@ -18,12 +18,14 @@
 Segments are runs of 16 principal directions, loud ones first. Bits minimize the sum over segments
 of `variance * energy^0.5 * D(bits)`: D is the distortion of Lloyd-Max and energy the variance of
 queries, for which the vectors stand in. The weights w of an adapted code are energy^0.5 likewise;
-of the others 1. <mean, r> is exact, so what is coded is the part that no mean explains.
+of the others 1. <mean, r> is exact, so what is coded is the part that no mean explains. The mean
+may be the centroid of a list of vectors near each other: then r and p are counted from there, while
+step and basis are those of all residuals.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -42,6 +44,7 @@ Mode = Literal["oblivious", "centred", "adapted"]
 
 SEGMENT = 16
 ENERGY_EXPONENT = 0.5
+ERROR_PRIOR, ERROR_STEPS, ERROR_QUERIES = 32, 30, 256
 MIN_STEP = 1e-6
 """Least step relative to the greatest: directions without variance must not divide by zero."""
 
@@ -96,6 +99,8 @@ class VectorCode:
         step: (dim,) one per direction.
         weights: (dim,) of the scale rule.
         bits: (dim,) of each direction, falling.
+        errors: (dim,) variance of the error of `scale c` in units of scale^2, along each direction
+            before the rotation inside segments.
     """
 
     mean: F64
@@ -104,6 +109,7 @@ class VectorCode:
     step: F64
     weights: F64
     bits: NDArray[np.int64]
+    errors: F64
 
     @property
     def nbytes(self) -> int:
@@ -129,17 +135,6 @@ class VectorCode:
     def dual(self) -> F64:
         """G, (dim, dim): F^T G is the identity."""
         return self.basis * self.step[:, None] * self.equalizer
-
-    @property
-    def error_weights(self) -> F64:
-        """Per direction, the variance of the error of `scale c` in units of scale^2.
-
-        A coordinate u becomes `scale ((1 - D) u + noise of variance D (1 - D))`, and the scale
-        divides by the weighted mean of 1 - D.
-        """
-        lost = distortions()[self.bits]
-        kept = (self.weights * (1 - lost)).sum() / self.weights.sum()
-        return (1 - lost - kept) ** 2 + lost * (1 - lost)
 
 
 @lru_cache(maxsize=1)
@@ -178,11 +173,23 @@ def allocate(variance: F64, widths: NDArray[np.int64], budget: int) -> NDArray[n
         left -= int(widths[best])
 
 
+def theoretical_errors(weights: F64, bits: NDArray[np.int64]) -> F64:
+    """Return `VectorCode.errors` for Gaussian coordinates that do not know of each other.
+
+    A coordinate u becomes `scale ((1 - D) u + noise of variance D (1 - D))`, and the scale divides
+    by the weighted mean of 1 - D.
+    """
+    lost = distortions()[bits]
+    kept = (weights * (1 - lost)).sum() / weights.sum()
+    return (1 - lost - kept) ** 2 + lost * (1 - lost)
+
+
 def oblivious(dim: int, bits: int, seed: int) -> VectorCode:
     """Return the code that knows nothing of the data."""
     ones = np.ones(dim)
-    basis = rotation_matrix(plain_spec(dim, bits, seed))
-    return VectorCode(np.zeros(dim), ones, basis, ones, ones, np.full(dim, bits))
+    basis, every = rotation_matrix(plain_spec(dim, bits, seed)), np.full(dim, bits)
+    errors = theoretical_errors(ones, every)
+    return VectorCode(np.zeros(dim), ones, basis, ones, ones, every, errors)
 
 
 def learn(mode: Mode, moments: Moments, bits: int, seed: int) -> VectorCode:
@@ -204,28 +211,47 @@ def learn(mode: Mode, moments: Moments, bits: int, seed: int) -> VectorCode:
         variance = np.maximum(np.diag(covariance), 0)
         equalizer = equalizer_from_rms(np.sqrt(variance))
         level = float(np.sqrt((variance / equalizer**2).mean())) or 1.0
-        basis = rotation_matrix(plain_spec(dim, bits, seed))
-        return VectorCode(moments.mean, equalizer, basis, level * ones, ones, np.full(dim, bits))
+        basis, every = rotation_matrix(plain_spec(dim, bits, seed)), np.full(dim, bits)
+        errors = theoretical_errors(ones, every)
+        return VectorCode(moments.mean, equalizer, basis, level * ones, ones, every, errors)
     values, vectors = np.linalg.eigh(covariance)
     order = np.argsort(-values, kind="stable")
     values, basis = np.maximum(values[order], 0), vectors.T[order]
     starts = np.arange(0, dim, SEGMENT)
     widths = np.minimum(SEGMENT, dim - starts)
     variance = np.add.reduceat(values, starts) / widths
-    for i, (start, width) in enumerate(zip(starts, widths, strict=True)):
-        part = slice(start, start + width)
-        basis[part] = haar_matrix(int(width), (seed + 1 + i) % 2**32) @ basis[part]
+    for where, rotation in segment_rotations(dim, seed):
+        basis[where] = rotation @ basis[where]
     peak = float(variance.max())
     step = np.sqrt(np.maximum(variance, MIN_STEP**2 * peak)) if peak > 0 else np.ones(len(widths))
     weights = step ** (2 + 2 * ENERGY_EXPONENT)
     chosen = allocate(variance, widths, bits * dim)
-    spread = [np.repeat(part, widths) for part in (step, weights / weights.mean(), chosen)]
-    return VectorCode(moments.mean, ones, basis, *spread)
+    step, weights = np.repeat(step, widths), np.repeat(weights / weights.mean(), widths)
+    spread_bits = np.repeat(chosen, widths)
+    errors = theoretical_errors(weights, spread_bits)
+    return VectorCode(moments.mean, ones, basis, step, weights, spread_bits, errors)
+
+
+def segment_rotations(dim: int, seed: int) -> list[tuple[slice, F64]]:
+    """Return the rotation of principal directions inside each segment."""
+    found = []
+    for i, start in enumerate(range(0, dim, SEGMENT)):
+        where = slice(start, min(start + SEGMENT, dim))
+        found.append((where, haar_matrix(where.stop - where.start, (seed + 1 + i) % 2**32)))
+    return found
+
+
+def unmix(mode: Mode, u: F64, seed: int) -> F64:
+    """Return coordinates (n, dim) along directions before the rotation inside segments."""
+    if mode != "adapted":
+        return u
+    parts = [u[:, where] @ rotation for where, rotation in segment_rotations(u.shape[1], seed)]
+    return np.concatenate(parts, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedVectors:
-    """Codes (n, dim) uint8, scales (n,) fp16 and exact <mean, r> (n,) float64."""
+    """Codes (n, dim) uint8, scales (n,) fp16 and exact <centre, r - r^> (n,) float64."""
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float16]
@@ -240,9 +266,8 @@ def _centroids(code: VectorCode, codes: NDArray[np.uint8]) -> F64:
     return c
 
 
-def encode(code: VectorCode, x: F64) -> EncodedVectors:
-    """Encode vectors (n, dim)."""
-    r = x - code.mean
+def _encode(code: VectorCode, r: F64) -> tuple[NDArray[np.uint8], NDArray[np.float16], F64, F64]:
+    """Return codes and scales of residuals, the coordinates u, and c."""
     u = r @ code.forward.T
     energy = (code.weights * u * u).sum(-1)
     g = np.sqrt(energy / code.weights.sum())
@@ -251,22 +276,87 @@ def encode(code: VectorCode, x: F64) -> EncodedVectors:
     for bits, where in code.groups:
         boundaries = load_codebook("gaussian", bits, where.stop - where.start).boundaries
         codes[:, where] = np.searchsorted(boundaries.astype(np.float64), v[:, where])
-    agreement = (code.weights * u * _centroids(code, codes)).sum(-1)
+    c = _centroids(code, codes)
+    agreement = (code.weights * u * c).sum(-1)
     scales = np.divide(energy, agreement, out=np.zeros_like(energy), where=agreement > 0)
-    return EncodedVectors(codes, scales.astype(np.float16), r @ code.mean)
+    return codes, scales.astype(np.float16), u, c
 
 
-def decode(code: VectorCode, encoded: EncodedVectors) -> F64:
+def encode(code: VectorCode, x: F64, centre: F64 | None = None) -> EncodedVectors:
+    """Encode vectors (n, dim).
+
+    Args:
+        code: what is known of the data.
+        x: the vectors.
+        centre: (n, dim) or (dim,), what r is counted from; None for the mean.
+    """
+    centre = code.mean if centre is None else centre
+    codes, scales, u, c = _encode(code, x - centre)
+    lost = (u - scales.astype(np.float64)[:, None] * c) @ code.dual
+    return EncodedVectors(codes, scales, (lost * centre).sum(-1))
+
+
+def decode(code: VectorCode, encoded: EncodedVectors, centre: F64 | None = None) -> F64:
     """Decode vectors (n, dim)."""
     c = _centroids(code, encoded.codes) * encoded.scales.astype(np.float64)[:, None]
-    return code.mean + c @ code.dual
+    return (code.mean if centre is None else centre) + c @ code.dual
 
 
-def scores(code: VectorCode, encoded: EncodedVectors, query: F64) -> tuple[F64, F64]:
-    """Return inner products (q, n) and their standard errors (q, n)."""
-    projected = (query - code.mean) @ code.dual.T
+def with_measured_errors(code: VectorCode, mode: Mode, seed: int, r: F64) -> VectorCode:
+    """Return a code whose errors are those of a sample of residuals (n, dim).
+
+    Solves for errors that `standard_errors` turns into the mean square error seen along each
+    direction, by a few multiplicative steps from theory, which stands in for ERROR_PRIOR rows.
+    Directions are not all: one factor then sets the errors seen of products with each other.
+    """
+    codes, scales, u, c = _encode(code, r)
+    scale = scales.astype(np.float64)[:, None]
+    decoded = unmix(mode, scale * c, seed)
+    lost = unmix(mode, u, seed) - decoded
+    pull = code.weights * decoded
+
+    def predicted(errors: F64) -> F64:
+        norm = (pull * pull) @ errors
+        known = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)[:, None]
+        return (scale**2 * (errors - (errors * pull) ** 2 * known)).mean(0)
+
+    share = len(r) / (len(r) + ERROR_PRIOR)
+    wanted = share * np.square(lost).mean(0) + (1 - share) * predicted(code.errors)
+    errors = code.errors
+    for _ in range(ERROR_STEPS):
+        now = predicted(errors)
+        ratio = np.divide(wanted, now, out=np.ones_like(now), where=now > 0)
+        errors = errors * np.clip(ratio, 0.25, 4)
+    found = replace(code, errors=errors)
+    asked = len(r) // 2 if len(r) < 2 * ERROR_QUERIES else ERROR_QUERIES
+    if asked:
+        rest = EncodedVectors(codes[asked:], scales[asked:], np.zeros(len(r) - asked))
+        expected = np.square(standard_errors(found, mode, seed, rest, r[:asked] + code.mean)).mean()
+        seen = np.square(r[:asked] @ code.dual.T @ (u - scale * c)[asked:].T).mean()
+        factor = share * seen / expected + 1 - share if expected > 0 else 1.0
+        found = replace(found, errors=errors * factor)
+    return found
+
+
+def scores(code: VectorCode, encoded: EncodedVectors, query: F64) -> F64:
+    """Return inner products (q, n) of queries with vectors coded about the mean."""
     scale = encoded.scales.astype(np.float64)
-    found = projected @ _centroids(code, encoded.codes).T * scale
-    found += (query @ code.mean)[:, None] + encoded.offsets
-    error = np.sqrt((projected**2 * code.error_weights).sum(-1))
-    return found, error[:, None] * scale
+    found = (query @ code.dual.T) @ _centroids(code, encoded.codes).T * scale
+    return found + (query @ code.mean)[:, None] + encoded.offsets
+
+
+def standard_errors(
+    code: VectorCode, mode: Mode, seed: int, encoded: EncodedVectors, query: F64
+) -> F64:
+    """Return the standard errors (q, n) of `scores`.
+
+    The scale makes the error vector orthogonal to a = w c in the directions of the code:
+
+        variance = scale^2 (sum e p^2 - (sum e p a)^2 / sum e a^2)       p = G (q - mean)
+    """
+    p = unmix(mode, (query - code.mean) @ code.dual.T, seed)
+    a = unmix(mode, code.weights * _centroids(code, encoded.codes), seed)
+    norm = np.square(a) @ code.errors
+    known = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
+    variance = (np.square(p) @ code.errors)[:, None] - np.square((p * code.errors) @ a.T) * known
+    return np.sqrt(np.maximum(variance, 0)) * encoded.scales.astype(np.float64)

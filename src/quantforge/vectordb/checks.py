@@ -55,3 +55,33 @@ def ids_of(ids: Any, n: int | None = None) -> torch.Tensor:
     if len(array) and (int(found[0]) < 0 or int(found[-1]) >= 2**63):
         raise InputError(f"ids must be from 0 to 2^63 - 1; got {found[0]} to {found[-1]}")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def nprobe_of(nprobe: int | None, recall: float | None) -> int | None:
+    """Return nprobe, of which and recall one may be given.
+
+    Raises:
+        InputError: for both, or values that make no sense.
+    """
+    if nprobe is not None and recall is not None:
+        raise InputError("give nprobe or recall, not both")
+    if nprobe is not None and (type(nprobe) is not int or nprobe < 1):
+        raise InputError(f"nprobe must be a positive integer; got {nprobe!r}")
+    if recall is not None and not 0 < recall <= 1:
+        raise InputError(f"recall must be above 0 and at most 1; got {recall!r}")
+    return nprobe
+
+
+def rows_of_bitmap(bitmap: Any, n: int) -> torch.Tensor:
+    """Return the rows, rising, whose bits are set in (ceil(n / 8),) uint8, least bits first.
+
+    Raises:
+        InputError: for another shape or dtype.
+    """
+    found = np.asarray(bitmap)
+    if found.dtype != np.uint8 or found.shape != (-(-n // 8),):
+        raise InputError(
+            f"bitmap must be uint8 of shape ({-(-n // 8)},) for {n} vectors; got {found.dtype} of "
+            f"shape {found.shape}"
+        )
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(found, count=n, bitorder="little")))

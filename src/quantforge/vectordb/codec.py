@@ -22,7 +22,7 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.numerics.packing import row_bytes
-from quantforge.numerics.vectors import VectorCode, plain_spec
+from quantforge.numerics.vectors import Mode, VectorCode, plain_spec, segment_rotations
 from quantforge.ops.constants import centroids
 from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.lookup import take
@@ -83,21 +83,28 @@ class Codec:
 
     Args:
         code: what was learned.
+        mode: how.
         seed: of the rotations inside of the operators.
         squared: scores are negative squared distances instead of inner products.
         centres: (lists, dim) float32; None for the mean alone.
     """
 
     def __init__(
-        self, code: VectorCode, seed: int, *, squared: bool, centres: torch.Tensor | None = None
+        self,
+        code: VectorCode,
+        mode: Mode,
+        seed: int,
+        *,
+        squared: bool,
+        centres: torch.Tensor | None = None,
     ) -> None:
-        self.code, self.seed, self.squared = code, seed, squared
+        self.code, self.mode, self.seed, self.squared = code, mode, seed, squared
         self.groups: list[tuple[QuantSpec, slice]] = [
             (plain_spec(where.stop - where.start, bits, seed), where) for bits, where in code.groups
         ]
         self.mean, self.forward, self.dual, self.weights, self.errors = (
             torch.from_numpy(part).to(torch.float32)
-            for part in (code.mean, code.forward, code.dual, code.weights, code.error_weights)
+            for part in (code.mean, code.forward, code.dual, code.weights, code.errors)
         )
         self.centres = self.mean[None] if centres is None else centres
         self._anchors = self.centres - self.mean if squared else self.centres
@@ -136,7 +143,7 @@ class Codec:
         Raises:
             InputError: for a vector whose scale or offset is beyond fp16.
         """
-        lists = torch.zeros(len(x), dtype=torch.int64) if lists is None else lists
+        lists = torch.zeros(len(x), dtype=torch.int64, device=x.device) if lists is None else lists
         chunks = zip(x.split(CHUNK_ROWS), lists.split(CHUNK_ROWS), strict=True)
         parts = [self._encode(*chunk) for chunk in chunks]
         packed = tuple(torch.cat(group) for group in zip(*(p.packed for p in parts), strict=True))
@@ -180,10 +187,16 @@ class Codec:
 
     def decode(self, coded: Coded, lists: torch.Tensor | None = None) -> torch.Tensor:
         """Decode vectors (n, dim), float32."""
+        return (self.centres[:1] if lists is None else self.centres[lists]) + (
+            self._decoded(coded) @ self.dual
+        )
+
+    def _decoded(self, coded: Coded) -> torch.Tensor:
+        """Return `scale c`, (n, dim) float32."""
         c = coded.scales.new_zeros(len(coded.scales), len(self.mean), dtype=torch.float32)
         for (spec, where), packed in zip(self.groups, coded.packed, strict=True):
             c[:, where] = rotate(dequantize(packed, coded.scales, spec), spec, spec.seed)
-        return (self.centres[:1] if lists is None else self.centres[lists]) + c @ self.dual
+        return c
 
     def queries(self, x: torch.Tensor) -> Queries:
         """Return queries (q, dim) as `scores` takes them."""
@@ -203,9 +216,30 @@ class Codec:
             total = total + scores(query, packed, coded.scales, spec)
         return total
 
-    def standard_errors(self, x: torch.Tensor, coded: Coded) -> torch.Tensor:
-        """Return the expected errors (q, n) of the scores of queries (q, dim)."""
-        turned = (x - self.centres[0]) @ self.dual.T
-        error = (turned.square() * self.errors).sum(-1).sqrt()
-        found = error[:, None] * coded.scales[:, 0].float()
+    def standard_errors(
+        self, x: torch.Tensor, coded: Coded, lists: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the expected errors (q, n) of the scores of queries (q, dim) with rows."""
+        decoded = self._decoded(coded)
+        pull = self._unmix(self.weights * decoded)
+        norm = pull.square() @ self.errors
+        known = torch.where(norm > 0, 1 / norm, 0.0)
+        scales = coded.scales[:, 0].float()
+        found = torch.empty(len(x), len(decoded), device=x.device)
+        lists = torch.zeros(len(decoded), dtype=torch.int64) if lists is None else lists
+        for label in lists.unique():
+            rows = (lists == label).nonzero()[:, 0]
+            p = self._unmix((x - self.centres[label]) @ self.dual.T)
+            along = (p * self.errors) @ pull[rows].T
+            variance = (p.square() @ self.errors)[:, None] - along.square() * known[rows]
+            found[:, rows] = variance.clamp_min(0).sqrt() * scales[rows]
         return 2 * found if self.squared else found
+
+    def _unmix(self, u: torch.Tensor) -> torch.Tensor:
+        """Undo the rotation inside segments."""
+        if self.mode != "adapted":
+            return u
+        found = torch.empty_like(u)
+        for where, rotation in segment_rotations(u.shape[1], self.seed):
+            found[:, where] = u[:, where] @ torch.from_numpy(rotation).to(u)
+        return found

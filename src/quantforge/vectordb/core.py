@@ -1,20 +1,36 @@
-"""What an index is once its data are known: a codec and rows, on tensors that have been checked.
+"""What an index is once its data are known: a codec, lists and rows, on tensors that were checked.
 
 Rows travel as named tensors (`rows.Parts`): `prepare` makes them, `append` and `replace` take them
 in, and a log that keeps them can have them taken in again.
+
+Rows move: those of a list lie together. Whatever is kept of rows elsewhere has to follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from quantforge.vectordb import scan
-from quantforge.vectordb.codec import Codec, Queries
+from quantforge.vectordb import learning, scan
+from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.config import IndexConfig
+from quantforge.vectordb.kmeans import ROWS_PER_LIST
+from quantforge.vectordb.lists import Lists, Partition
 from quantforge.vectordb.rerank import rerank_by
 from quantforge.vectordb.rows import Parts, Rows
+
+REPARTITION = 4
+"""Lists that only show the way are made anew when so many times as many would be made."""
+
+
+class Follower(Protocol):
+    """Something with one entry a row."""
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Keep these rows alone, in this order."""
 
 
 class Core:
@@ -23,56 +39,176 @@ class Core:
     Args:
         config: of the index.
         codec: what is known of the data.
+        partition: where lists are.
         parts: rows to begin with; None for none.
+        lists: which rows belong to which list.
     """
 
-    def __init__(self, config: IndexConfig, codec: Codec, parts: Parts | None = None) -> None:
-        self.config, self.codec = config, codec
+    def __init__(
+        self,
+        config: IndexConfig,
+        codec: Codec,
+        partition: Partition,
+        parts: Parts | None = None,
+        lists: Lists | None = None,
+    ) -> None:
+        self.config, self.codec, self.partition = config, codec, partition
+        nothing = torch.empty(0, dtype=torch.int64)
         if parts is None:
-            nothing = torch.empty(0, len(codec.mean))
-            parts = self.prepare(nothing, torch.empty(0, dtype=torch.int64))
+            parts = self.prepare(torch.empty(0, len(codec.mean)), nothing)
+            parts.pop("lists", None)
         self.rows = Rows(parts)
+        self.lists = Lists.of(nothing, len(partition)) if lists is None else lists
+        self.followers: list[Follower] = []
 
     def prepare(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return rows (n, dim) as they are stored.
+        """Return rows (n, dim) as they are stored; `lists` if their codes depend on it.
 
         Raises:
             InputError: for a vector whose scale or offset is beyond fp16.
         """
-        parts = {**self.codec.encode(x).parts, "ids": ids}
+        lists = self.partition.nearest(x) if self.partition.coded else None
+        parts = {**self.codec.encode(x, lists).parts, "ids": ids}
+        if lists is not None:
+            parts["lists"] = lists.to(torch.int32)
         if self.config.originals == "float16":
             parts["originals"] = x.to(torch.float16)
         return parts
 
+    # ---- rows come, move and go -------------------------------------------------------------
+
     def append(self, parts: Parts) -> None:
-        """Add rows that `prepare` made."""
+        """Add rows that `prepare` made, at the end; then rows may move."""
+        labels = self._labels(parts)
         self.rows.append(parts)
+        self.lists.append(labels)
+        if not self.partition.coded:
+            wanted = self.config.lists_for(len(self.rows))
+            if wanted >= (REPARTITION if len(self.partition) > 1 else 2) * len(self.partition):
+                self._make_lists(wanted)
+        order = self.lists.order()
+        if order is not None:
+            self._arrange(order)
+            self.lists.merge()
 
     def replace(self, index: torch.Tensor, parts: Parts) -> None:
-        """Put rows that `prepare` made in the place of others; they keep their ids."""
-        self.rows.put(index, parts)
+        """Put rows that `prepare` made in the place of others; they keep their ids.
+
+        Those whose list is another now move to the end.
+        """
+        labels = self._labels(parts)
+        moved = labels != self.lists.of_rows(index)
+        if bool(moved.any()):
+            stay = self._all_but(index[moved])
+            place = torch.full((len(self.rows),), -1)
+            self._arrange(torch.cat([stay, index[moved]]))
+            self.lists.keep(stay)
+            self.lists.append(labels[moved])
+            place[stay] = torch.arange(len(stay))
+            place[index[moved]] = torch.arange(len(stay), len(self.rows))
+            index = place[index]
+        self.rows.put(index, {name: part for name, part in parts.items() if name != "lists"})
 
     def remove(self, index: torch.Tensor) -> None:
         """Remove rows; those after them move up."""
+        stay = self._all_but(index)
+        self.lists.keep(stay)
+        self._arrange(stay)
+
+    def part(self, index: torch.Tensor) -> Core:
+        """Return some rows, rising, with what is known of the data."""
+        lists = Lists.of(torch.empty(0, dtype=torch.int64), len(self.partition))
+        core = Core(self.config, self.codec, self.partition, self.rows.parts(index), lists)
+        labels = self.lists.of_rows(index)
+        core.lists = Lists.of(labels[index < self.lists.sorted_rows], len(self.partition))
+        if len(self.partition) > 1:
+            core.lists.append(labels[index >= self.lists.sorted_rows])
+        return core
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return all rows as `append` takes them."""
+        parts = self.rows.parts(slice(None))
+        if self.partition.coded:
+            every = torch.arange(len(self.rows))
+            parts["lists"] = self.lists.of_rows(every).to(torch.int32)
+        return parts
+
+    def has_code_of(self, other: Core) -> bool:
+        """Whether codes of the other mean the same here."""
+        ours, theirs = vars(self.codec.code), vars(other.codec.code)
+        same = all(np.array_equal(ours[name], theirs[name]) for name in ours if name != "errors")
+        return same and torch.equal(self.codec.centres, other.codec.centres)
+
+    def _all_but(self, index: torch.Tensor) -> torch.Tensor:
         keep = torch.ones(len(self.rows), dtype=torch.bool)
         keep[index] = False
-        self.rows.keep(keep.nonzero()[:, 0])
+        return keep.nonzero()[:, 0]
+
+    def _arrange(self, index: torch.Tensor) -> None:
+        for part in (self.rows, *self.followers):
+            part.keep(index)
+
+    def _labels(self, parts: Parts) -> torch.Tensor:
+        if self.partition.coded:
+            return parts["lists"].to(torch.int64)
+        if len(self.partition) == 1:
+            return torch.zeros(len(parts["ids"]), dtype=torch.int64)
+        return self.partition.nearest(self.codec.decode(Rows(parts).coded(slice(None))))
+
+    def _make_lists(self, nlist: int) -> None:
+        """Make lists that show the way, by what codes stand for."""
+        count = min(len(self.rows), ROWS_PER_LIST * nlist)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        sample = torch.randperm(len(self.rows), generator=generator)[:count].sort().values
+        self.partition = learning.learn_partition(
+            self.config, self.decode(sample), nlist, coded=False
+        )
+        every = torch.arange(len(self.rows))
+        labels = [self.partition.nearest(self.decode(part)) for part in every.split(1 << 16)]
+        ordered, order = torch.cat(labels).sort(stable=True)
+        self._arrange(order)
+        self.lists = Lists.of(ordered, nlist)
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    @property
+    def shelf(self) -> scan.Shelf:
+        """What is scanned."""
+        return scan.Shelf(self.codec, self.rows, self.lists, self.partition.coded)
 
     def decode(self, index: torch.Tensor) -> torch.Tensor:
         """Decode rows, (m, dim) float32."""
-        return self.codec.decode(self.rows.coded(index))
+        return self.codec.decode(self.rows.coded(index), self._lists_of(index))
 
     def best(
-        self, queries: Queries, k: int, allowed: torch.Tensor | None
+        self, query: torch.Tensor, k: int, allowed: torch.Tensor | None, nprobe: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k best scores (q, k) and their rows, of those allowed (rising)."""
-        return scan.best(self.codec, self.rows, queries, k, allowed)
+        """Return the k best scores (q, k) and their rows, of those allowed (rising).
 
-    def tiles(
-        self, queries: Queries, allowed: torch.Tensor | None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield rows (m,) and their scores (q, m), in the order of rows."""
-        return scan.tiles(self.codec, self.rows, queries, allowed)
+        Args:
+            query: (q, dim).
+            k: how many.
+            allowed: rows, rising, or None for all.
+            nprobe: lists to look into; None for the default. More are looked into where these
+                hold fewer than k rows.
+        """
+        nprobe = min(self.partition.nprobe if nprobe is None else nprobe, len(self.partition))
+        probes = None
+        few = allowed is not None and len(allowed) * len(self.partition) <= nprobe * len(self.rows)
+        if nprobe < len(self.partition) and not few:
+            routes = learning.routes(self.config.metric, query, self.partition.centroids)
+            counts = self.lists.sizes
+            if allowed is not None:
+                labels = self.lists.of_rows(allowed)
+                counts = torch.bincount(labels, minlength=len(self.partition))
+            probes = scan.nearest_lists(routes, counts, nprobe, k)
+        return scan.best(self.shelf, self.codec.queries(query), k, probes, allowed)
+
+    def above(
+        self, query: torch.Tensor, threshold: float, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return limits (q + 1,), rows and scores of those that score at least the threshold."""
+        return scan.above(self.shelf, self.codec.queries(query), threshold, allowed)
 
     def rerank(
         self,
@@ -82,12 +218,35 @@ class Core:
         fetch: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the k best (q, k) of candidates (q, m), by vectors kept or fetched by rows."""
-        vectors_of = self._originals if fetch is None else fetch
+        vectors_of = self.originals if fetch is None else fetch
         return rerank_by(vectors_of, query, rows, k, squared=self.config.metric == "l2")
 
     def standard_errors(self, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return the expected errors (q, m) of the scores of rows."""
-        return self.codec.standard_errors(query, self.rows.coded(index))
+        return self.codec.standard_errors(query, self.rows.coded(index), self._lists_of(index))
 
-    def _originals(self, index: torch.Tensor) -> torch.Tensor:
+    def report(self) -> dict[str, int]:
+        """Return the bytes held, by part; spare room of buffers is counted."""
+        report = self.rows.report()
+        report["lists"] = self.lists.nbytes + self.partition.nbytes
+        report["learned"] = self.codec.nbytes
+        if self.partition.coded:  # the centroids are the codec's centres
+            report["lists"] -= self.partition.centroids.nbytes
+        return report
+
+    def list_report(self) -> dict[str, Any]:
+        """Return rows and bytes of each list, and how unequal they are."""
+        sizes = self.lists.sizes
+        return {
+            "rows": sizes.numpy(),
+            "bytes": (sizes * self.rows.row_bytes).numpy(),
+            "tail": len(self.lists.tail),
+            "imbalance": self.lists.imbalance,
+        }
+
+    def _lists_of(self, index: torch.Tensor) -> torch.Tensor | None:
+        return self.lists.of_rows(index) if self.partition.coded else None
+
+    def originals(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the vectors kept of rows, (m, dim) float32."""
         return self.rows["originals"][index].float()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
 
 from quantforge.errors import FormatError
 from quantforge.io import QuantFile, open_file, save_file
-from quantforge.numerics.vectors import VectorCode, oblivious
+from quantforge.numerics.vectors import VectorCode, oblivious, theoretical_errors
 from quantforge.vectordb.codec import CHUNK_ROWS, Codec
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
+from quantforge.vectordb.lists import Lists, Partition
 
 FORMAT = 2
-LEARNED = ("mean", "equalizer", "basis", "step", "weights", "bits")
+LEARNED = ("mean", "equalizer", "basis", "step", "weights", "bits", "errors")
+LISTS = ("centroids", "curve", "starts", "tail")
 
 
 def save(path: str | PathLike[str], dim: int, config: IndexConfig, core: Core | None) -> None:
@@ -25,9 +29,13 @@ def save(path: str | PathLike[str], dim: int, config: IndexConfig, core: Core | 
     tensors = {}
     if core is not None:
         tensors = core.rows.parts(slice(None))
-        if config.mode != "oblivious":
-            code = core.codec.code
-            tensors |= {name: torch.from_numpy(np.array(getattr(code, name))) for name in LEARNED}
+        code = core.codec.code
+        names = LEARNED if config.mode != "oblivious" else ("errors",)
+        tensors |= {name: torch.from_numpy(np.array(getattr(code, name))) for name in names}
+        header |= {"coded": core.partition.coded, "nprobe": core.partition.nprobe}
+        lists = {"starts": core.lists.starts, "tail": core.lists.tail}
+        lists |= {"centroids": core.partition.centroids, "curve": core.partition.curve}
+        tensors |= {f"lists.{name}": lists[name] for name in LISTS}
     save_file(tensors, path, metadata={"index": json.dumps(header)})
 
 
@@ -50,7 +58,7 @@ def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
             dim, config = header["dim"], IndexConfig.from_dict(header["config"])
             core = None
             if header["learned"]:
-                core = _core_of(file, dim, config)
+                core = _core_of(file, dim, config, header)
                 if version == 1:
                     _offsets_of_format_1(core)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -58,16 +66,30 @@ def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
     return dim, config, core
 
 
-def _core_of(file: QuantFile, dim: int, config: IndexConfig) -> Core:
+def _core_of(file: QuantFile, dim: int, config: IndexConfig, header: dict[str, Any]) -> Core:
+    partition, lists = Partition.single(dim), None
+    if header["format"] > 1:
+        found = {name: file[f"lists.{name}"] for name in LISTS}
+        centroids, curve = found["centroids"], found["curve"]
+        partition = Partition(centroids, header["coded"], curve, header["nprobe"])
+        lists = Lists(len(centroids), found["starts"], found["tail"])
+    learned = {name: file[name].numpy() for name in LEARNED if name in file}
     if config.mode == "oblivious":
-        code = oblivious(dim, config.bits, config.seed)
+        code = dataclasses.replace(oblivious(dim, config.bits, config.seed), **learned)
     else:
-        code = VectorCode(*(file[name].numpy() for name in LEARNED))
-    codec = Codec(code, config.seed, squared=config.metric == "l2")
+        if "errors" not in learned:
+            learned["errors"] = theoretical_errors(learned["weights"], learned["bits"])
+        code = VectorCode(**learned)
+    centres = partition.centroids if partition.coded else None
+    squared = config.metric == "l2"
+    codec = Codec(code, config.mode, config.seed, squared=squared, centres=centres)
     groups = [f"packed{i}" for i in range(len(codec.groups))]
     names = [*groups, "scales", "offsets", "ids"]
     names += ["originals"] if config.originals != "none" else []
-    return Core(config, codec, {name: file[name] for name in names})
+    parts = {name: file[name] for name in names}
+    if lists is None:
+        lists = Lists.of(torch.zeros(len(parts["ids"]), dtype=torch.int64), 1)
+    return Core(config, codec, partition, parts, lists)
 
 
 def _offsets_of_format_1(core: Core) -> None:

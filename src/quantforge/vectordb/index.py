@@ -1,4 +1,4 @@
-"""`QuantizedIndex`: vectors that stay packed, searched by scoring all of them."""
+"""`QuantizedIndex`: vectors that stay packed, searched by scoring their codes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ import numpy as np
 import torch
 
 from quantforge.errors import InputError
-from quantforge.numerics.vectors import learn, oblivious
-from quantforge.vectordb import files
-from quantforge.vectordb.checks import ids_of, vectors_of
-from quantforge.vectordb.codec import Codec
+from quantforge.vectordb import bulk, files
+from quantforge.vectordb.calibrate import Calibration, calibrate
+from quantforge.vectordb.checks import ids_of, nprobe_of, rows_of_bitmap, vectors_of
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
-from quantforge.vectordb.moments import measure
+from quantforge.vectordb.learning import learn
 from quantforge.vectordb.rerank import Fetch
 
 MAX_VECTORS = 1 << 32
 
 
 class QuantizedIndex:
-    """A flat index: every search scores all vectors, on their codes.
+    """Vectors as codes, in one list that is scanned in full, or in many of which some are.
 
         index = QuantizedIndex(384, IndexConfig(bits=4))
         index.add(vectors)
@@ -35,7 +34,10 @@ class QuantizedIndex:
         config: bits, mode, metric; `IndexConfig()` if None.
 
     Scores are inner products, cosines, or squared distances, by the metric. What a mode learns
-    comes from `train`, or from the first `add`. A call that raises leaves the index as it was.
+    comes from `train`, or from the first `add`. From 10,000 vectors on there are lists (IVF): rows
+    of a list lie together, so rows may move when vectors are added or updated.
+
+    A call that raises leaves the index as it was.
     """
 
     def __init__(self, dim: int, config: IndexConfig | None = None) -> None:
@@ -62,21 +64,40 @@ class QuantizedIndex:
         """Ids (n,) int64, in the order of rows, which bitmaps follow."""
         return np.empty(0, np.int64) if self._core is None else self._core.rows.ids.numpy().copy()
 
-    def train(self, batches: Any) -> None:
-        """Learn mean, directions and bits from a sample, in one pass.
+    @property
+    def nlist(self) -> int:
+        """Lists that rows are in; 1 is an index that is scanned in full."""
+        return 1 if self._core is None else len(self._core.partition)
+
+    @property
+    def nprobe(self) -> int:
+        """Lists that a search looks into, if it does not say how many."""
+        return 1 if self._core is None else self._core.partition.nprobe
+
+    def train(self, batches: Any, expected: int | None = None) -> None:
+        """Learn mean, directions, bits and lists from a sample, in one pass.
 
         Args:
             batches: vectors (n, dim), or an iterable of such arrays.
+            expected: vectors that the index will hold, which decides how many lists there are; n
+                if None.
 
         Raises:
             InputError: for vectors that do not fit, fewer than 2 of them (but in the oblivious
-                mode), or an index that holds vectors.
+                mode) or than lists, or an index that holds vectors.
         """
         if len(self):
             raise InputError(
-                f"the index holds {len(self)} vectors, coded by what is known; train a new one"
+                f"the index holds {len(self)} vectors, coded by what is known; use rebuild, or "
+                "train a new one"
             )
-        self._core = self._learn([batches] if hasattr(batches, "shape") else batches)
+        batches = [batches] if hasattr(batches, "shape") else batches
+        nlist = max(1, self.config.nlist) if self.config.nlist is not None else None
+        if expected is not None:
+            if type(expected) is not int or expected < 1:
+                raise InputError(f"expected must be a positive integer; got {expected!r}")
+            nlist = self.config.lists_for(expected)
+        self._core = self._learn(batches, nlist)
 
     def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
         """Add vectors; an untrained index learns from them first.
@@ -99,11 +120,30 @@ class QuantizedIndex:
             self._next_id = max(self._next_id, int(parts["ids"].max()) + 1)
         return parts["ids"].numpy()
 
+    def add_from(self, source: Any, ids: Any = None) -> int:
+        """Add vectors from a file or iterable that may be larger than memory.
+
+        Args:
+            source: the path of a .npy file (n, dim), an array (n, dim) such as a memory map, or an
+                iterable of arrays. An untrained index learns from a sample of it first, 256 MiB as
+                float32: a random one, of an iterable the beginning.
+            ids: (n,) of all of them; numbered on if None.
+
+        Returns:
+            How many were added. If a batch does not fit, none is.
+
+        Raises:
+            InputError: for vectors or ids that do not fit.
+        """
+        return bulk.add_from(self, source, ids)
+
     def search(
         self,
         queries: Any,
         k: int,
         *,
+        nprobe: int | None = None,
+        recall: float | None = None,
         ids: Any = None,
         bitmap: Any = None,
         rerank: int | None = None,
@@ -114,6 +154,10 @@ class QuantizedIndex:
         Args:
             queries: (q, dim).
             k: results, at most the number of vectors.
+            nprobe: lists to look into; all if there are fewer. More are looked into where these
+                hold fewer than k vectors that may be found.
+            recall: look into as many lists as hold this share of the neighbours, by what
+                `calibrate` measured, or a sample when the lists were made.
             ids: only these may be found.
             bitmap: (ceil(n / 8),) uint8, bit `i % 8` of byte `i // 8` set where row i may be found
                 (`numpy.packbits(allowed, bitorder="little")`).
@@ -137,33 +181,34 @@ class QuantizedIndex:
             raise InputError('rerank needs vectors: originals="float16" in the config, or fetch')
         core, allowed = self._known, self._allowed(ids, bitmap)
         count = k if rerank is None else min(rerank, len(self))
-        scores, rows = core.best(core.codec.queries(query), count, allowed)
+        scores, rows = core.best(query, count, allowed, self._nprobe(nprobe, recall))
         if rerank is not None:
             scores, rows = core.rerank(query, rows, k, self._fetching(fetch))
         found = torch.where(rows >= 0, core.rows.ids[rows.clamp_min(0)], -1)
         return found.numpy(), (-scores if self.config.metric == "l2" else scores).numpy()
 
     def range_search(
-        self, queries: Any, threshold: float
+        self, queries: Any, threshold: float, *, ids: Any = None, bitmap: Any = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find all vectors that score at least the threshold (l2: at most).
+        """Find all vectors that score at least the threshold (l2: at most), in all lists.
+
+        Args:
+            queries: (q, dim).
+            threshold: a score.
+            ids: only these may be found.
+            bitmap: likewise, as for `search`.
 
         Returns:
             limits (q + 1,), ids and scores: query i has those from limits[i] to limits[i + 1],
             in the order of rows.
         """
         query, sign = self._vectors(queries, "queries"), -1 if self.config.metric == "l2" else 1
-        counts = torch.zeros(len(query) + 1, dtype=torch.int64)
+        allowed = self._allowed(ids, bitmap)
         if not len(self):
-            return counts.numpy(), np.empty(0, np.int64), np.empty(0, np.float32)
-        core, parts = self._known, []
-        for rows, tile in core.tiles(core.codec.queries(query), None):
-            which, column = (tile >= sign * threshold).nonzero(as_tuple=True)
-            counts[1:] += torch.bincount(which, minlength=len(query))
-            parts.append((which, rows[column], sign * tile[which, column]))
-        which, rows, scores = (torch.cat(part) for part in zip(*parts, strict=True))
-        order = which.argsort(stable=True)
-        return counts.cumsum(0).numpy(), core.rows.ids[rows[order]].numpy(), scores[order].numpy()
+            empty = np.empty(0, np.float32)
+            return np.zeros(len(query) + 1, np.int64), np.empty(0, np.int64), empty
+        limits, rows, scores = self._known.above(query, sign * threshold, allowed)
+        return limits.numpy(), self._known.rows.ids[rows].numpy(), (sign * scores).numpy()
 
     def standard_errors(self, queries: Any, ids: Any) -> np.ndarray:
         """Return the expected error (q, m) of the scores of queries with these vectors."""
@@ -180,7 +225,7 @@ class QuantizedIndex:
         return self._known.decode(rows).numpy()
 
     def remove_ids(self, ids: Any) -> None:
-        """Remove vectors; the rows after them move up.
+        """Remove vectors; the rows after them move up. All rows are copied.
 
         Raises:
             InputError: for ids that are not in the index; nothing is removed then.
@@ -190,12 +235,55 @@ class QuantizedIndex:
             self._known.remove(rows)
 
     def update(self, ids: Any, vectors: Any) -> None:
-        """Replace vectors, (m, dim), in their rows."""
+        """Replace vectors, (m, dim); those that go to another list get another row."""
         x = self._vectors(vectors)
         found = ids_of(ids, len(x))
         rows = self._rows_of(found)
         if len(rows):
             self._known.replace(rows, self._known.prepare(x, found))
+
+    def calibrate(
+        self, recall: float = 0.95, k: int = 10, queries: Any = None, truth: Any = None
+    ) -> Calibration:
+        """Choose nprobe for a recall, and remember it, in files too.
+
+        Args:
+            recall: share of the k best that a search has to find.
+            k: neighbours that count.
+            queries: (q, dim) of the kind that will come, not in the index. Some of its own vectors,
+                as their codes have them, if None.
+            truth: (q, k) ids of the exact neighbours of the queries. If None the results of a full
+                scan of the codes are to be found.
+
+        Raises:
+            InputError: for an index without lists, or a recall that all lists do not reach.
+        """
+        return calibrate(self, recall, k, queries, truth)
+
+    def rebuild(self, fetch: Fetch | None = None) -> None:
+        """Learn anew from the vectors, and code them again.
+
+        Worth it when an index has grown far beyond what it learned from: its lists are made for as
+        many vectors as there are, and codes are of the differences to their centroids.
+
+        Args:
+            fetch: a function of ids (m,) that returns vectors (m, dim), asked twice for each; the
+                originals that the index keeps if None.
+        """
+        bulk.rebuild(self, fetch)
+
+    def merge(self, other: QuantizedIndex) -> None:
+        """Take in all vectors of another index that has learned the same, such as a shard or copy.
+
+        Raises:
+            InputError: for an index of another kind, or one that has learned something else, or an
+                id that is in both.
+        """
+        bulk.merge(self, other)
+
+    def shard(self, count: int) -> list[QuantizedIndex]:
+        """Return `count` indexes that have every count-th vector each; `merge` joins them again."""
+        return bulk.shard(self, count)
 
     def copy(self) -> QuantizedIndex:
         """Return an index of its own with the same vectors."""
@@ -203,9 +291,21 @@ class QuantizedIndex:
 
     def memory_report(self) -> dict[str, int]:
         """Return the bytes held, by part and in `total`; spare room of buffers is counted."""
-        report = {} if self._core is None else self._core.rows.report()
-        report["learned"] = 0 if self._core is None else self._core.codec.nbytes
+        report = {} if self._core is None else self._core.report()
         return {**report, "total": sum(report.values())}
+
+    def list_report(self) -> dict[str, Any]:
+        """Return rows and bytes of each list, and how unequal they are.
+
+        Returns:
+            rows: (nlist,) int64.
+            bytes: (nlist,) int64, of what is stored of these rows.
+            tail: rows that are not in the order of lists yet.
+            imbalance: nlist sum(rows^2) / sum(rows)^2, 1 where all are equal.
+        """
+        if self._core is None:
+            raise InputError("the index has no lists: it has learned nothing yet")
+        return self._core.list_report()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, which takes the place of an old one whole."""
@@ -248,17 +348,16 @@ class QuantizedIndex:
             raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
         if not len(x):
             return {"ids": new}, None
-        core = self._learn([x]) if self._core is None else self._core
+        core = self._learn([x], None) if self._core is None else self._core
         return core.prepare(x, new), core
 
-    def _learn(self, batches: Iterable[Any]) -> Core:
-        mode, bits, seed = self.config.mode, self.config.bits, self.config.seed
-        if mode == "oblivious":
-            code = oblivious(self.dim, bits, seed)
-        else:
-            moments = measure((self._vectors(batch) for batch in batches), self.dim)
-            code = learn(mode, moments, bits, seed)
-        return Core(self.config, Codec(code, seed, squared=self.config.metric == "l2"))
+    def _learn(self, batches: Iterable[Any], nlist: int | None) -> Core:
+        checked = (self._vectors(batch) for batch in batches)
+        return Core(self.config, *learn(self.config, self.dim, checked, nlist))
+
+    def _nprobe(self, nprobe: int | None, recall: float | None) -> int | None:
+        wanted = nprobe_of(nprobe, recall)
+        return wanted if recall is None else self._known.partition.nprobe_for(recall)
 
     def _rows_of(self, ids: Any) -> torch.Tensor:
         wanted = ids_of(ids)
@@ -277,14 +376,7 @@ class QuantizedIndex:
             raise InputError("give a filter as ids or as bitmap, not both")
         if ids is not None:
             return self._rows_of(ids).sort().values
-        found = np.asarray(bitmap)
-        if found.dtype != np.uint8 or found.shape != (-(-len(self) // 8),):
-            raise InputError(
-                f"bitmap must be uint8 of shape ({-(-len(self) // 8)},) for {len(self)} vectors; "
-                f"got {found.dtype} of shape {found.shape}"
-            )
-        allowed = np.unpackbits(found, count=len(self), bitorder="little")
-        return torch.from_numpy(np.flatnonzero(allowed))
+        return rows_of_bitmap(bitmap, len(self))
 
     def _fetching(self, fetch: Fetch | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Return what fetches checked vectors by rows."""

@@ -1,13 +1,16 @@
-"""Moments of data that pass by once, in batches."""
+"""Moments and a sample of data that pass by once, in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from quantforge.errors import InputError
 from quantforge.numerics.vectors import Moments
+
+SAMPLE_BYTES = 1 << 28
 
 
 def measure(batches: Iterable[torch.Tensor], dim: int) -> Moments:
@@ -20,19 +23,70 @@ def measure(batches: Iterable[torch.Tensor], dim: int) -> Moments:
 
     Cost: one pass; dim^2 multiplications a vector.
     """
-    n, fourth = 0, 0.0
-    pivot = None
-    total, outer = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
-    for batch in batches:
-        if not len(batch):
-            continue
+    return Passing(dim).see(batches).moments
+
+
+class Passing:
+    """What is kept of vectors that pass by.
+
+    Args:
+        dim: their length.
+        rows: vectors of a uniform sample to keep; by default as many as fit SAMPLE_BYTES.
+        seed: of the sample, which does not depend on how the vectors are cut into batches.
+    """
+
+    def __init__(self, dim: int, rows: int | None = None, seed: int = 0) -> None:
+        self._dim = dim
+        self._limit = max(1, SAMPLE_BYTES // (4 * dim)) if rows is None else rows
+        self._draw = np.random.RandomState(seed)
+        self._kept: list[torch.Tensor] = []
+        self._tickets = np.empty(0)
+        self._n, self._fourth = 0, 0.0
+        self._pivot: torch.Tensor | None = None
+        self._total = torch.zeros(dim, dtype=torch.float64)
+        self._outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def see(self, batches: Iterable[torch.Tensor]) -> Passing:
+        """Take in batches (n, dim) of float32."""
+        for batch in batches:
+            if len(batch):
+                self._measure(batch)
+                self._keep(batch)
+        return self
+
+    @property
+    def moments(self) -> Moments:
+        """Moments of all of them."""
+        if self._pivot is None:
+            raise InputError("train got no vectors; give at least 2")
+        sums = (self._pivot.numpy(), self._total.numpy(), self._outer.numpy())
+        return Moments(self._n, *sums, self._fourth)
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Vectors (m, dim) float32, in the order in which they came."""
+        return self._shrink()
+
+    def _measure(self, batch: torch.Tensor) -> None:
         x = batch.to("cpu", torch.float64)
-        pivot = x.mean(0) if pivot is None else pivot
-        centred = x - pivot
-        n += len(x)
-        total += centred.sum(0)
-        outer += centred.T @ centred
-        fourth += float(centred.square().sum(1).square().sum())
-    if pivot is None:
-        raise InputError("train got no vectors; give at least 2")
-    return Moments(n, pivot.numpy(), total.numpy(), outer.numpy(), fourth)
+        self._pivot = x.mean(0) if self._pivot is None else self._pivot
+        centred = x - self._pivot
+        self._n += len(x)
+        self._total += centred.sum(0)
+        self._outer += centred.T @ centred
+        self._fourth += float(centred.square().sum(1).square().sum())
+
+    def _keep(self, batch: torch.Tensor) -> None:
+        """Keep the vectors with the smallest of uniform random numbers."""
+        self._kept.append(batch.to("cpu", torch.float32, copy=True))
+        self._tickets = np.concatenate([self._tickets, self._draw.random_sample(len(batch))])
+        if len(self._tickets) > 2 * self._limit:
+            self._shrink()
+
+    def _shrink(self) -> torch.Tensor:
+        kept = torch.cat(self._kept) if self._kept else torch.empty(0, self._dim)
+        if len(kept) > self._limit:
+            chosen = np.sort(np.argpartition(self._tickets, self._limit)[: self._limit])
+            kept, self._tickets = kept[torch.from_numpy(chosen)], self._tickets[chosen]
+        self._kept = [kept]
+        return kept

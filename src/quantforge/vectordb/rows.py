@@ -37,6 +37,11 @@ class Growing:
         """Bytes of the buffer, spare room included."""
         return self._buffer.nbytes
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self._buffer.shape[1:].numel() * self._buffer.element_size()
+
     def append(self, rows: torch.Tensor) -> None:
         """Add rows at the end."""
         count = self._count + len(rows)
@@ -89,6 +94,11 @@ class Rows:
     def coded(self, index: slice | torch.Tensor) -> Coded:
         """Return the codes of some rows."""
         return Coded.of({name: self[name][index] for name in self._parts if is_code(name)})
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is stored of one row."""
+        return sum(part.row_bytes for part in self._parts.values())
 
     def report(self) -> dict[str, int]:
         """Return the bytes held by part."""

@@ -1,0 +1,91 @@
+"""Work on whole indexes: filled from a stream, learned anew, joined, and cut into parts."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from quantforge.errors import InputError
+from quantforge.vectordb.rerank import Fetch
+from quantforge.vectordb.stream import stream_of
+
+if TYPE_CHECKING:
+    from quantforge.vectordb.index import QuantizedIndex
+
+REBUILD_ROWS = 1 << 14
+
+
+def add_from(index: QuantizedIndex, source: Any, ids: Any) -> int:
+    """Add vectors of a stream: `QuantizedIndex.add_from`."""
+    stream = stream_of(source, index.dim, learn=not index.is_trained)
+    before, done = (index._core, index._next_id), 0
+    added: list[np.ndarray] = []
+    try:
+        if not index.is_trained and stream.count != 0:
+            index.train(stream.sample, stream.count)
+        for batch in stream.batches:
+            part = None if ids is None else ids[done : done + len(batch)]
+            added.append(index.add(batch, part))
+            done += len(batch)
+        if ids is not None and len(ids) != done:
+            raise InputError(f"there must be one id for each of {done} vectors; got {len(ids)}")
+    except BaseException:
+        index._core, index._next_id = before
+        if added and index._core is not None:
+            index.remove_ids(np.concatenate(added))
+        raise
+    return done
+
+
+def rebuild(index: QuantizedIndex, fetch: Fetch | None) -> None:
+    """Learn anew and code again: `QuantizedIndex.rebuild`."""
+    if not len(index):
+        raise InputError("the index is empty; train learns from vectors")
+    old = index._known
+    if fetch is None and "originals" not in old.rows:
+        raise InputError('rebuild needs vectors: originals="float16" in the config, or fetch')
+    get = index._fetching(fetch) or old.originals
+    rows = torch.arange(len(index)).split(REBUILD_ROWS)
+    core = index._learn((get(part) for part in rows), None)
+    for part in rows:
+        core.append(core.prepare(get(part), old.rows.ids[part]))
+    index._core = core
+
+
+def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:
+    """Take in another index: `QuantizedIndex.merge`."""
+    if (index.dim, index.config) != (other.dim, other.config):
+        raise InputError(f"merge needs an index of the same kind; got {other!r} for {index!r}")
+    if not len(other):
+        return
+    if index._core is None:
+        index._core, index._next_id = copy.deepcopy((other._core, other._next_id))
+        return
+    ours, theirs = index._core, other._known
+    if not ours.has_code_of(theirs):
+        raise InputError(
+            "the other index has learned something else, so its codes do not fit; train one index, "
+            "make the parts as copies of it, and merge these"
+        )
+    both = torch.isin(theirs.rows.ids, ours.rows.ids)
+    if bool(both.any()):
+        raise InputError(f"id {int(theirs.rows.ids[both][0])} is in both indexes")
+    ours.append(theirs.parts())
+    index._next_id = max(index._next_id, other._next_id)
+
+
+def shard(index: QuantizedIndex, count: int) -> list[QuantizedIndex]:
+    """Cut an index into parts: `QuantizedIndex.shard`."""
+    if type(count) is not int or count < 1:
+        raise InputError(f"count must be a positive integer; got {count!r}")
+    found = []
+    for i in range(count):
+        part = type(index)(index.dim, index.config)
+        part._next_id = index._next_id
+        if index._core is not None:
+            part._core = index._core.part(torch.arange(i, len(index), count))
+        found.append(part)
+    return found

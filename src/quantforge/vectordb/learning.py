@@ -1,0 +1,110 @@
+"""What an index learns from data: the code, the lists, and how many of them to look into."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from quantforge.errors import InputError
+from quantforge.numerics import vectors
+from quantforge.numerics.vectors import VectorCode
+from quantforge.vectordb.codec import Codec
+from quantforge.vectordb.config import IndexConfig, Metric
+from quantforge.vectordb.kmeans import learn_centroids
+from quantforge.vectordb.lists import Partition
+from quantforge.vectordb.moments import Passing, measure
+
+ERROR_ROWS = 4096
+"""Vectors on which errors are measured."""
+CURVE_QUERIES, CURVE_NEIGHBOURS = 256, 10
+DEFAULT_RECALL = 0.95
+
+
+def learn(
+    config: IndexConfig, dim: int, batches: Iterable[torch.Tensor], nlist: int | None = None
+) -> tuple[Codec, Partition]:
+    """Learn from checked vectors (n, dim) that pass by once.
+
+    Args:
+        config: of the index.
+        dim: vector length.
+        batches: the vectors.
+        nlist: lists to make; None for what the config says of so many vectors.
+
+    Raises:
+        InputError: for too few vectors.
+    """
+    mode, bits, seed = config.mode, config.bits, config.seed
+    squared = config.metric == "l2"
+    if mode == "oblivious":
+        code = vectors.oblivious(dim, bits, seed)
+        sample = next((batch for batch in batches if len(batch)), torch.empty(0, dim))
+        code = _with_errors(code, config, sample)  # which do not change the codes
+        return Codec(code, mode, seed, squared=squared), Partition.single(dim)
+    passing = Passing(dim, seed=seed).see(batches)
+    moments, sample = passing.moments, passing.sample
+    nlist = config.lists_for(moments.n) if nlist is None else nlist
+    if len(sample) < nlist:
+        raise InputError(f"{nlist} lists are learned from as many vectors; got {len(sample)}")
+    if nlist == 1:
+        code = vectors.learn(mode, moments, bits, seed)
+        code = _with_errors(code, config, sample - torch.from_numpy(code.mean).float())
+        return Codec(code, mode, seed, squared=squared), Partition.single(dim)
+    partition = learn_partition(config, sample, nlist, coded=True)
+    rest = sample - partition.centroids[partition.nearest(sample)]
+    code = vectors.learn(mode, measure([rest], dim), bits, seed)
+    code = dataclasses.replace(_with_errors(code, config, rest), mean=moments.mean)
+    return Codec(code, mode, seed, squared=squared, centres=partition.centroids), partition
+
+
+def learn_partition(
+    config: IndexConfig, sample: torch.Tensor, nlist: int, *, coded: bool
+) -> Partition:
+    """Make lists from a sample (n, dim), n at least nlist."""
+    centroids = learn_centroids(sample, nlist, config.seed)
+    partition = Partition(centroids, coded, torch.empty(0), nlist)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(sample), generator=generator).to(sample.device)
+    count = min(CURVE_QUERIES, len(sample) // 2)
+    queries, others = sample[order[:count]], sample[order[count:]]
+    exact = routes(config.metric, queries, others)
+    rows = exact.topk(min(CURVE_NEIGHBOURS, len(others)), dim=1).indices
+    curve = curve_of(config, partition, queries, partition.nearest(others)[rows])
+    partition = dataclasses.replace(partition, curve=curve)
+    nprobe = partition.nprobe_for(DEFAULT_RECALL) if config.nprobe is None else config.nprobe
+    return dataclasses.replace(partition, nprobe=min(nprobe, nlist))
+
+
+def routes(metric: Metric, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the exact scores (q, n) of queries with vectors or centroids; greater is nearer."""
+    found = query @ x.T
+    if metric != "l2":
+        return found
+    return 2 * found - query.square().sum(-1)[:, None] - x.square().sum(-1)
+
+
+def curve_of(
+    config: IndexConfig, partition: Partition, query: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the share of neighbours in the 1, 2, ... nearest lists, (lists,) float32.
+
+    Args:
+        config: of the index.
+        partition: the lists.
+        query: (q, dim).
+        labels: (q, k) the list of each neighbour, -1 for none.
+    """
+    order = routes(config.metric, query, partition.centroids).argsort(1, descending=True)
+    rank = order.argsort(1).gather(1, labels.clamp_min(0))[labels >= 0]
+    seen = torch.bincount(rank, minlength=len(partition)).cumsum(0)
+    return seen.to(torch.float32) / max(1, len(rank))
+
+
+def _with_errors(code: VectorCode, config: IndexConfig, rest: torch.Tensor) -> VectorCode:
+    if not len(rest):
+        return code
+    step = max(1, len(rest) // ERROR_ROWS)
+    sample = rest[::step][:ERROR_ROWS].double().numpy()
+    return vectors.with_measured_errors(code, config.mode, config.seed, sample)
