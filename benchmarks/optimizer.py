@@ -45,6 +45,7 @@ def of_model(args: argparse.Namespace) -> tuple[str, Any]:
         bits=args.bits,
         windows=args.windows,
         prompt=args.prompt,
+        number_bytes=2,  # float32 serves to measure; models are kept in 16 bits
         progress=lambda what: print(f"{time.strftime('%X')}  {what}", flush=True),
     )
     return f"optimizer_{args.model.name}", result
@@ -58,7 +59,7 @@ def of_vectors(args: argparse.Namespace) -> tuple[str, Any]:
         x = x[: x.size // args.dim * args.dim].reshape(-1, args.dim)
     result = optimize(
         x[: args.limit],
-        weights=Weights(latency=args.latency),
+        objective=Weights(latency=args.latency),
         metric=args.metric,
         device=args.device,
     )

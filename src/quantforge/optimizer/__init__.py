@@ -11,7 +11,7 @@ caches     bits of keys and values by layer: slots, probe, cache_result
 from quantforge.optimizer.advice import Recommendation
 from quantforge.optimizer.api import optimize, recommend
 from quantforge.optimizer.knapsack import allocate
-from quantforge.optimizer.reward import Weights
+from quantforge.optimizer.reward import OBJECTIVES, Weights
 from quantforge.optimizer.space import Space
 
-__all__ = ["Recommendation", "Space", "Weights", "allocate", "optimize", "recommend"]
+__all__ = ["OBJECTIVES", "Recommendation", "Space", "Weights", "allocate", "optimize", "recommend"]

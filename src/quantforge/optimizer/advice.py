@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ class Recommendation:
             ("bytes", self.nbytes), ("gives up", self.gives_up),
         )  # fmt: skip
         return "\n".join(f"{label:9} {text}" for label, text in lines)
+
+
+def call(config: Any) -> str:
+    """Return the code that makes a config, defaults left out."""
+    shown = [
+        f"{field.name}={value!r}"
+        for field in fields(config)
+        if (value := getattr(config, field.name)) != field.default
+    ]
+    return f"{type(config).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)

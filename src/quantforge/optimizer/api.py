@@ -11,7 +11,7 @@ from quantforge.optimizer.advice import Recommendation
 def optimize(subject: Any, tokens: Any = None, **options: Any) -> Any:
     """Find settings by measuring: of codes and indexes for vectors, or of a cache for a model.
 
-        result = optimize(vectors, min_accuracy=0.95, weights=Weights(accuracy=0))
+        result = optimize(vectors, objective="bytes", min_accuracy=0.95)
         result = optimize(model, tokens)
         print(result)
         result.config.save("settings.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from os import PathLike
@@ -25,12 +25,14 @@ class MeasuredPlan:
         plan: bits and window.
         nbytes: of one sequence at the context that is counted.
         choice: KL (passages,) of the half that chooses, nats.
+        check: likewise of the half held out.
     """
 
     name: str
     plan: Plan
     nbytes: int
     choice: F64
+    check: F64
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,33 +44,26 @@ class Budget:
         uniform: that cache.
         mixed: allocations, one for each window.
         best: the one of least KL on the half that chooses.
-        uniform_kl: KL (passages,) of `uniform` on the other half.
-        best_kl: likewise of `best`.
-        gain: what `best` has less of, on the other half; None where there is no allocation.
     """
 
     bits: int
     uniform: MeasuredPlan
     mixed: tuple[MeasuredPlan, ...]
     best: MeasuredPlan
-    uniform_kl: F64
-    best_kl: F64
-    gain: Gain | None
+
+    def gain(self, plan: MeasuredPlan) -> Gain:
+        """Return by how much a plan has less KL than uniform bits, on the half held out."""
+        return Gain.of(-plan.check, -self.uniform.check)
 
     @property
     def adopted(self) -> bool:
         """Whether the allocation beats uniform bits by more than one standard error."""
-        return self.gain is not None and self.gain.holds
+        return self.gain(self.best).holds
 
     @property
     def recommended(self) -> MeasuredPlan:
         """`best` if it is adopted, else `uniform`."""
         return self.best if self.adopted else self.uniform
-
-    @property
-    def kl(self) -> F64:
-        """KL (passages,) of what is recommended on the half that did not choose."""
-        return self.best_kl if self.adopted else self.uniform_kl
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +147,9 @@ class CacheOptimization:
     @property
     def front(self) -> tuple[Budget, ...]:
         """Budgets whose recommendation no other beats in KL and bytes."""
-        values = [(-float(b.kl.mean()), -float(b.recommended.nbytes)) for b in self.budgets]
+        values = [
+            (-float(b.recommended.check.mean()), -float(b.recommended.nbytes)) for b in self.budgets
+        ]
         return tuple(self.budgets[i] for i in pareto(values))
 
     def table(self) -> str:
@@ -161,15 +158,13 @@ class CacheOptimization:
                 "bits of keys,values by layer"]  # fmt: skip
         rows, best = [], self.best
         for budget in self.budgets:
-            found: list[tuple[MeasuredPlan, F64, Gain | None]]
-            found = [(budget.uniform, budget.uniform_kl, None)]
-            found += [] if budget.gain is None else [(budget.best, budget.best_kl, budget.gain)]
-            for plan, kl, gain in found:
+            for plan in (budget.uniform, *budget.mixed):
                 chosen = plan is budget.recommended
+                gain = None if plan is budget.uniform else budget.gain(plan)
                 rows.append([
                     "*" if chosen and budget is best else "+" if chosen else "",
                     plan.name.partition(", window")[0], str(plan.plan.window), f"{plan.nbytes:,}",
-                    f"{kl.mean():.5f}", f"{standard_error(kl):.5f}",
+                    f"{plan.check.mean():.5f}", f"{standard_error(plan.check):.5f}",
                     "" if gain is None else f"{gain.mean:.5f}",
                     "" if gain is None else f"{gain.standard_error:.5f}",
                     f"{self.reward(budget):.4f}" if chosen else "", str(plan.plan),
@@ -189,23 +184,23 @@ class CacheOptimization:
     def recommendation(self) -> Recommendation:
         """What to use, why, and what it gives up."""
         budget = self.best
-        plan, kl = budget.recommended, budget.kl
+        plan, gain = budget.recommended, budget.gain(budget.best)
         arguments = ", ".join(f"{name}={value!r}" for name, value in plan.plan.settings.items())
         weights = ", ".join(f"{key} {value:g}" for key, value in asdict(self.weights).items())
-        if budget.gain is None:
+        if not budget.mixed:
             against = "no allocation fits these bytes, so the bits are uniform"
         else:
             found = "beats" if budget.adopted else "does not beat"
             against = (
                 f"allocated by layer it {found} uniform bits of the same bytes by more than one "
-                f"standard error on passages held out: KL lower by {budget.gain.mean:.5f} +- "
-                f"{budget.gain.standard_error:.5f}"
+                f"standard error on passages held out: KL lower by {gain.mean:.5f} +- "
+                f"{gain.standard_error:.5f}"
             )
         return Recommendation(
             what=f"QuantForgeCache(model.config, {arguments})",
             why=f"the greatest reward ({weights}) of {len(self.budgets)} budgets; {against}",
-            expected=f"KL {kl.mean():.5f} +- {standard_error(kl):.5f} nats of the next-token "
-            f"distribution at {self.length} tokens",
+            expected=f"KL {plan.check.mean():.5f} +- {standard_error(plan.check):.5f} nats of the "
+            f"next-token distribution at {self.length} tokens",
             nbytes=f"{plan.nbytes:,} for {self.context} tokens instead of {self.own_nbytes:,}, "
             f"{self.own_nbytes / plan.nbytes:.1f} times fewer",
             gives_up="that KL against the model's own cache; longer contexts lose more, as the "
@@ -234,37 +229,32 @@ class CacheOptimization:
 
     def _budget_dict(self, budget: Budget) -> dict[str, Any]:
         def plain(found: MeasuredPlan) -> dict[str, Any]:
+            gain = None if found is budget.uniform else asdict(budget.gain(found))
             return {
                 "name": found.name, "settings": found.plan.settings, "nbytes": found.nbytes,
-                "kl_choice": float(found.choice.mean()),
+                "kl_choice": float(found.choice.mean()), "kl_held_out": float(found.check.mean()),
+                "kl_held_out_standard_error": standard_error(found.check), "gain": gain,
             }  # fmt: skip
 
-        held = (("uniform", budget.uniform_kl), ("best", budget.best_kl))
         return {
             "bits": budget.bits,
             "uniform": plain(budget.uniform),
             "mixed": [plain(found) for found in budget.mixed],
             "best": budget.best.name,
-            "kl_held_out": {
-                name: {"mean": float(kl.mean()), "standard_error": standard_error(kl)}
-                for name, kl in held
-            },
-            "gain": None if budget.gain is None else asdict(budget.gain),
             "adopted": budget.adopted,
+            "recommended": budget.recommended.name,
             "reward": self.reward(budget),
         }
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw held-out KL over bytes into a file (needs the extra `plot`)."""
-        uniform = [(b.uniform.nbytes, float(b.uniform_kl.mean())) for b in self.budgets]
-        mixed = [
-            (b.best.nbytes, float(b.best_kl.mean())) for b in self.budgets if b.gain is not None
-        ]
-        front = [(b.recommended.nbytes, float(b.kl.mean())) for b in self.front]
+        front = [budget.recommended for budget in self.front]
+        uniform = [budget.uniform for budget in self.budgets]
+        mixed = [plan for budget in self.budgets for plan in budget.mixed]
         series = {"uniform": _xy(uniform), "allocated by layer": _xy(mixed)}
         labels = (f"bytes of {self.context} tokens", "KL held out, nats")
         draw(path, series, _xy(front), labels, self.model, log=True)
 
 
-def _xy(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:
-    return [float(x) for x, _ in points], [y for _, y in points]
+def _xy(plans: Sequence[MeasuredPlan]) -> tuple[list[float], list[float]]:
+    return [float(p.nbytes) for p in plans], [float(p.check.mean()) for p in plans]

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from quantforge.errors import ConfigError
+from quantforge.errors import ConfigError, InputError
 from quantforge.llm.cache import QuantForgeCache
 from quantforge.llm.options import CacheConfig
 from quantforge.optimizer.cache_result import Budget, CacheOptimization, MeasuredPlan
-from quantforge.optimizer.compare import F64, Gain
+from quantforge.optimizer.compare import F64
 from quantforge.optimizer.knapsack import allocate
 from quantforge.optimizer.probe import Probe, passages_of
 from quantforge.optimizer.reward import Weights
@@ -39,7 +39,8 @@ def optimize_cache(
     windows: Sequence[int] = (64, 128, 256),
     prompt: int | None = None,
     context: int | None = None,
-    weights: Weights | None = None,
+    number_bytes: int | None = None,
+    objective: str | Weights = "balanced",
     max_bytes: float | None = None,
     max_kl: float | None = None,
     batch: int = 8,
@@ -56,8 +57,10 @@ def optimize_cache(
         windows: recent windows to try; larger ones take their bytes from the codes.
         prompt: tokens of a passage that are packed; the others attend to them. None: 7/8 of n.
         context: length of the sequence whose bytes are counted; None: n, where KL is measured.
-        weights: of accuracy, memory and latency, to choose among the budgets; latency (of a step
-            of one token) is measured if it has one.
+        number_bytes: of a number in windows and in the model's own cache; None: of the model's
+            dtype. 2 where a model of 16 bits is measured in float32.
+        objective: weights of accuracy, memory and latency, or a name of OBJECTIVES, to choose among
+            the budgets. Latency (of a step of one token) is measured if it has a weight.
         max_bytes: bytes of one sequence that a choice may have.
         max_kl: mean KL, nats, that a choice may have.
         batch: passages read at a time.
@@ -68,28 +71,29 @@ def optimize_cache(
         ConfigError: for bits or windows out of range, or if no plan is within the limits.
         UnsupportedError: if no layer of the model is quantized.
 
-    Cost: `slots * choices` readings of the rest of the passages in the half that chooses, and a few
-        of all.
+    Cost: `slots * choices` readings of the half that chooses, past the prompt, and one of all
+        passages for each plan.
     """
-    weights = weights or Weights()
+    weights = Weights.of(objective)
     _check(bits, choices, windows)
     passages = passages_of(tokens, model.device)
     length = passages.shape[1]
     prompt = length - max(1, length // 8) if prompt is None else prompt
     context = length if context is None else context
     check_int("context", context, 1, 1 << 40)
+    check_int("number_bytes", 2 if number_bytes is None else number_bytes, 1, 8)
+    _check_packed(prompt, windows)
     progress("the model's own cache")
     choice, check = (Probe(model, part, prompt, batch) for part in (passages[0::2], passages[1::2]))
     slots = slots_of(QuantForgeCache(model.config), choice.prompt)
-    number_bytes = choice.prompt.dtype.itemsize
+    number_bytes = choice.prompt.dtype.itemsize if number_bytes is None else number_bytes
     window = CacheConfig().window
     sensitivity = _sensitivity(choice, slots, choices, window, progress)
 
     def measured(plan: Plan, name: str) -> MeasuredPlan:
         progress(name)
-        return MeasuredPlan(
-            name, plan, plan.nbytes(slots, context, number_bytes), choice.divergence(plan.settings)
-        )
+        kl = [probe.divergence(plan.settings) for probe in (choice, check)]
+        return MeasuredPlan(name, plan, plan.nbytes(slots, context, number_bytes), *kl)
 
     budgets = []
     for b in sorted(set(bits)):
@@ -100,10 +104,7 @@ def optimize_cache(
                                number_bytes, uniform.nbytes)
         ]  # fmt: skip
         best = min(mixed, key=lambda found: float(found.choice.mean()), default=uniform)
-        progress(f"held out, {b} bits")
-        on_check = [check.divergence(p.plan.settings) for p in (uniform, best)]
-        gain = None if best is uniform else Gain.of(-on_check[1], -on_check[0])
-        budgets.append(Budget(b, uniform, tuple(mixed), best, on_check[0], on_check[1], gain))
+        budgets.append(Budget(b, uniform, tuple(mixed), best))
     result = CacheOptimization(
         model=getattr(model.config, "name_or_path", "") or type(model).__name__,
         passages=len(passages),
@@ -133,6 +134,18 @@ def _check(bits: Sequence[int], choices: Sequence[int], windows: Sequence[int]) 
             raise ConfigError(f"{name} must name at least one value")
         for value in values:
             check_int(name, value, least, most)
+
+
+def _check_packed(prompt: int, windows: Sequence[int]) -> None:
+    """Refuse prompts of which nothing would be packed, so that nothing could be measured."""
+    settings = CacheConfig()
+    widest = max(settings.window, *windows)
+    least = settings.sinks + widest + settings.page_size
+    if prompt < least:
+        raise InputError(
+            f"a prompt of {prompt} tokens leaves nothing to pack beside a window of {widest}; use "
+            f"one of at least {least} tokens, better of the length you use, or smaller windows"
+        )
 
 
 def _sensitivity(

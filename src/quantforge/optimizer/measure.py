@@ -17,7 +17,7 @@ from quantforge.optimizer.timing import Latency, latency
 from quantforge.pipeline import QuantPipeline
 from quantforge.vectordb.index import QuantizedIndex
 
-Objective = Literal["recall", "cosine", "mse"]
+Accuracy = Literal["recall", "cosine", "mse"]
 TIMED_QUERIES = 16
 
 F64 = NDArray[np.float64]
@@ -44,11 +44,11 @@ class Point:
     mse: float
     bytes_per_vector: float
     latency: Latency | None
-    samples: dict[Objective, F64] = field(repr=False)
+    samples: dict[Accuracy, F64] = field(repr=False)
 
-    def accuracy(self, objective: Objective, half: Literal["choice", "check"]) -> F64:
+    def accuracy(self, measure: Accuracy, half: Literal["choice", "check"]) -> F64:
         """Return one half of the samples: those that choose, or those that check the choice."""
-        return self.samples[objective][0 if half == "choice" else 1 :: 2]
+        return self.samples[measure][0 if half == "choice" else 1 :: 2]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -80,10 +80,10 @@ def measure(config: Config, sample: Sample, stored: int, *, timed: bool) -> Poin
     else:
         restored, found, nbytes, search = _index(config, sample, stored)
     error = (restored - sample.base).square().sum(-1).double()
-    length = sample.base.square().sum(-1).double()
+    length = sample.base.square().sum(-1).double().mean()
     cosine = torch.cosine_similarity(restored.double(), sample.base.double(), dim=-1)
     recall = sample.recall(found)
-    relative = (error / length.mean()).cpu().numpy()
+    relative = (error / length.clamp_min(1e-300)).cpu().numpy()  # all zero: no error
     return Point(
         config,
         float(recall.mean()),

@@ -23,9 +23,6 @@ from quantforge.vectordb.config import IndexConfig
 
 Policy = Literal["auto", "exhaustive", "random", "tpe", "nsga2"]
 MAX_EXHAUSTIVE = 200
-PROPOSALS_PER_TRIAL = 20
-"""Proposals that may name a point already measured, or none, before a search ends."""
-
 Evaluate = Callable[[Config], Sequence[float]]
 """Measures a point and returns its reward, then accuracy, memory and, if measured, latency."""
 
@@ -57,7 +54,7 @@ def resolve(policy: Policy, points: int) -> Policy:
 
 def run(
     policy: Policy, space: Space, points: Sequence[Config], evaluate: Evaluate, trials: int,
-    seed: int,
+    seed: int, objectives: int,
 ) -> None:  # fmt: skip
     """Evaluate points of a space: all of them, or at most `trials` distinct ones.
 
@@ -68,49 +65,65 @@ def run(
         evaluate: called once for each point chosen.
         trials: points to evaluate; "exhaustive" ignores it.
         seed: of the policy.
+        objectives: numbers that `evaluate` returns beside the reward.
     """
+    order = np.random.RandomState(seed).permutation(len(points))
     if policy == "exhaustive":
-        chosen = range(len(points))
+        for config in points:
+            evaluate(config)
     elif policy == "random":
-        order = np.random.RandomState(seed).permutation(len(points))
-        chosen = order[:trials]  # type: ignore[assignment]
+        for index in order[:trials]:
+            evaluate(points[index])
     else:
-        _ask_optuna(policy, space, points, evaluate, min(trials, len(points)), seed)
-        return
-    for index in chosen:
-        evaluate(points[index])
+        spare = [points[index] for index in order]
+        seen = 1 if policy == "tpe" else objectives
+        _ask_optuna(policy, space, spare, evaluate, min(trials, len(points)), seed, seen)
 
 
 def _ask_optuna(
     policy: Policy, space: Space, points: Sequence[Config], evaluate: Evaluate, trials: int,
-    seed: int,
+    seed: int, objectives: int,
 ) -> None:  # fmt: skip
+    """Measure what Optuna proposes; for a point it has measured or that does not exist, the next.
+
+    Args:
+        policy: "tpe" or "nsga2".
+        space: where points come from.
+        points: all of them, in the order in which they stand in for useless proposals.
+        evaluate: called once for each point chosen.
+        trials: points to evaluate, at most all.
+        seed: of the sampler.
+        objectives: that the sampler sees.
+    """
     import optuna
 
+    samplers = optuna.samplers
+    sampler: Any = samplers.TPESampler(seed=seed)
+    if policy == "nsga2":
+        sampler = samplers.NSGAIISampler(seed=seed, population_size=min(50, trials))
     by_values = {_values(config): config for config in points}
     seen: dict[Config, Sequence[float]] = {}
     with _quiet(optuna):
-        if policy == "tpe":
-            sampler: Any = optuna.samplers.TPESampler(seed=seed)
-        else:
-            sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=min(50, trials))
-        study = None
-        for _ in range(PROPOSALS_PER_TRIAL * trials):
-            if len(seen) == trials:
-                return
-            if study is None:  # the first point tells how many objectives there are
-                seen[points[0]] = evaluate(points[0])
-                objectives = 1 if policy == "tpe" else len(seen[points[0]]) - 1
-                study = optuna.create_study(sampler=sampler, directions=["maximize"] * objectives)
+        study = optuna.create_study(sampler=sampler, directions=["maximize"] * objectives)
+        while len(seen) < trials:
             trial = study.ask()
             config = by_values.get(_proposal(trial, space))
+            if useless := config is None or config in seen:
+                spare = next(point for point in points if point not in seen)
+                study.enqueue_trial(_parameters(spare))
             if config is None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
-            if config not in seen:
+            if not useless:
                 seen[config] = evaluate(config)
             reward, *parts = seen[config]
             study.tell(trial, [reward] if policy == "tpe" else parts)
+
+
+def _parameters(config: Config) -> dict[str, Any]:
+    kind, bits, *others = _values(config)
+    names = ("mode",) if kind == "index" else CODE_FIELDS[1:]
+    return {"kind": kind, "bits": bits, **dict(zip(names, others, strict=True))}
 
 
 def _values(config: Config) -> tuple[Any, ...]:

@@ -13,12 +13,14 @@ The scales are fixed, so a reward does not depend on what else was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from quantforge.errors import ConfigError
+from quantforge.spec import check_choice
 
 BEST_KL = 1e-4
 """KL, nats, below which a cache counts as exact."""
@@ -46,12 +48,34 @@ class Weights:
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ConfigError(f"weights must be finite and from 0, one of them above; got {self}")
 
+    @staticmethod
+    def of(objective: str | Weights) -> Weights:
+        """Return weights, or those that a name of OBJECTIVES stands for.
+
+        Raises:
+            ConfigError: for a name that does not exist.
+        """
+        if isinstance(objective, Weights):
+            return objective
+        check_choice("objective", objective, tuple(OBJECTIVES))
+        return OBJECTIVES[objective]
+
     def reward(self, accuracy: float, memory: float, latency: float | None = None) -> float:
         """Return r; where latency is None it has no weight."""
         parts = [(self.accuracy, accuracy), (self.memory, memory)]
         parts += [] if latency is None else [(self.latency, latency)]
         total = sum(weight for weight, _ in parts)
         return sum(weight * part for weight, part in parts) / total if total else 0.0
+
+
+OBJECTIVES: Mapping[str, Weights] = MappingProxyType(
+    {
+        "balanced": Weights(1, 1, 0),
+        "accuracy": Weights(4, 1, 0),
+        "bytes": Weights(1, 4, 0),
+        "latency": Weights(1, 1, 2),
+    }
+)
 
 
 def accuracy_of_kl(kl: float) -> float:

@@ -8,9 +8,9 @@ from functools import cached_property
 from os import PathLike
 from typing import Any, Literal
 
-from quantforge.optimizer.advice import Chosen, Recommendation, columns, draw
+from quantforge.optimizer.advice import Chosen, Recommendation, call, columns, draw
 from quantforge.optimizer.compare import Gain, standard_error
-from quantforge.optimizer.measure import Objective, Point
+from quantforge.optimizer.measure import Accuracy, Point
 from quantforge.optimizer.policies import Policy
 from quantforge.optimizer.reward import Weights, pareto, saved
 from quantforge.optimizer.sample import Sample
@@ -25,20 +25,20 @@ class Scorer:
     """The reward of a point.
 
     Attributes:
-        objective: the measure of accuracy.
+        measure: of accuracy.
         weights: of accuracy, memory, latency.
         dense_bytes: of a vector in float32.
         dense_ms: time of the same search with float32; None where latency does not count.
     """
 
-    objective: Objective
+    measure: Accuracy
     weights: Weights
     dense_bytes: float
     dense_ms: float | None
 
     def accuracy(self, point: Point) -> float:
         """Return the accuracy by the half of the samples that chooses."""
-        return float(point.accuracy(self.objective, "choice").mean())
+        return float(point.accuracy(self.measure, "choice").mean())
 
     def costs(self, point: Point) -> tuple[float, ...]:
         """Return what is saved of the bytes and, where latency counts, of the time."""
@@ -104,15 +104,15 @@ class VectorOptimization:
         return self.scorer.reward(point)
 
     @property
-    def objective(self) -> Objective:
+    def accuracy(self) -> Accuracy:
         """The measure of accuracy."""
-        return self.scorer.objective
+        return self.scorer.measure
 
     @cached_property
     def front(self) -> tuple[Point, ...]:
         """Points that no other beats in accuracy, bytes and, where it counts, latency, by bytes."""
         values = [
-            (float(p.samples[self.objective].mean()), *self.scorer.costs(p)) for p in self.points
+            (float(p.samples[self.accuracy].mean()), *self.scorer.costs(p)) for p in self.points
         ]
         front = [self.points[i] for i in pareto(values)]
         return tuple(sorted(front, key=lambda point: point.bytes_per_vector))
@@ -170,7 +170,7 @@ class VectorOptimization:
             "queries": len(self.sample.queries),
             "dim": self.sample.dim,
             "metric": self.sample.metric,
-            "objective": self.objective,
+            "accuracy": self.accuracy,
             "weights": asdict(self.scorer.weights),
             "policy": self.policy,
             "points_of_space": self.points_of_space,
@@ -192,7 +192,7 @@ class VectorOptimization:
         for kind in self.choices:
             found = [p for p in self.points if kind_of(p.config) == kind]
             series[kind] = self._xy(found)
-        label = f"recall@{self.sample.k}" if self.objective == "recall" else self.objective
+        label = f"recall@{self.sample.k}" if self.accuracy == "recall" else self.accuracy
         title = f"{len(self.sample.base)} vectors of {self.sample.dim}, {self.sample.metric}"
         labels = ("bytes per vector", label if label != "mse" else "1 - relative MSE")
         draw(path, series, self._xy(self.front), labels, title, log=False)
@@ -200,7 +200,7 @@ class VectorOptimization:
     def _xy(self, points: Sequence[Point]) -> tuple[list[float], list[float]]:
         return (
             [p.bytes_per_vector for p in points],
-            [float(p.samples[self.objective].mean()) for p in points],
+            [float(p.samples[self.accuracy].mean()) for p in points],
         )
 
 
@@ -220,7 +220,7 @@ def _choice_dict(choice: Choice) -> dict[str, Any]:
 
 def _advice(result: VectorOptimization) -> Recommendation:
     """Say what the best choice is."""
-    choice, objective, sample = result.best, result.objective, result.sample
+    choice, objective, sample = result.best, result.accuracy, result.sample
     point, gain = choice.recommended, choice.gain
     if gain is None:
         against = "these are the defaults at their bits"
@@ -236,7 +236,7 @@ def _advice(result: VectorOptimization) -> Recommendation:
     top = max(result.points, key=lambda p: p.samples[objective].mean())
     dense = 4 * sample.dim
     return Recommendation(
-        what=repr(point.config),
+        what=call(point.config),
         why=f"the greatest reward ({weights}) of {len(result.points)} measured; {against}",
         expected=f"{objective if objective != 'mse' else '1 - relative MSE'} "
         f"{checked.mean():.4f} +- {standard_error(checked):.4f} with {len(sample.base)} vectors; "

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from quantforge.errors import ConfigError
 from quantforge.optimizer import policies
 from quantforge.optimizer.compare import Gain
-from quantforge.optimizer.measure import Objective, Point, measure, uncompressed_latency
+from quantforge.optimizer.measure import Accuracy, Point, measure, uncompressed_latency
 from quantforge.optimizer.policies import Policy
 from quantforge.optimizer.reward import Weights
 from quantforge.optimizer.sample import Sample
@@ -22,15 +22,15 @@ from quantforge.optimizer.vector_result import (
     VectorOptimization,
     kind_of,
 )
-from quantforge.spec import check_choice
+from quantforge.spec import check_choice, check_int
 from quantforge.vectordb.config import Metric
 
 
 def optimize_vectors(
     data: Any,
     *,
-    objective: Objective = "recall",
-    weights: Weights | None = None,
+    objective: str | Weights = "balanced",
+    accuracy: Accuracy = "recall",
     max_bytes: float | None = None,
     min_accuracy: float | None = None,
     queries: Any = None,
@@ -39,6 +39,7 @@ def optimize_vectors(
     policy: Policy = "auto",
     trials: int = 100,
     sample: int = 10_000,
+    stored: int | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
@@ -47,8 +48,9 @@ def optimize_vectors(
 
     Args:
         data: numpy (a memory map too) or torch; codes are measured on `sample` of its rows.
-        objective: what accuracy means: "recall" (@10), "cosine" or "mse".
-        weights: of accuracy, memory and latency; latency is measured if it has one.
+        objective: weights of accuracy, memory and latency, or a name of OBJECTIVES: "balanced",
+            "accuracy", "bytes" or "latency". Latency is measured if it has a weight.
+        accuracy: "recall" (@10), "cosine" or "mse".
         max_bytes: bytes per vector that a choice may have.
         min_accuracy: accuracy that a choice must have.
         queries: (m, dim); None: 400 rows of the data, a fifth at most, which are not stored then.
@@ -58,6 +60,7 @@ def optimize_vectors(
             points where it is not installed); or "exhaustive", "random", "tpe", "nsga2".
         trials: points that a policy other than exhaustive measures.
         sample: vectors that are coded and searched.
+        stored: vectors that there will be, which share what an index learns; None: those of data.
         device: where codes are measured; an index is measured on the CPU.
         seed: of everything drawn.
         progress: told what is being measured.
@@ -67,28 +70,32 @@ def optimize_vectors(
         ConfigError: for a setting that does not exist, or if no point is within the limits.
         UnsupportedError: if the policy needs Optuna and it is not installed.
     """
-    check_choice("objective", objective, get_args(Objective))
+    check_choice("accuracy", accuracy, get_args(Accuracy))
+    check_int("sample", sample, 10, 1 << 31)
     check_choice("metric", metric, get_args(Metric))
-    weights, space = weights or Weights(), space or Space()
+    weights, space = Weights.of(objective), space or Space()
     drawn = Sample.of(data, queries, metric, sample, seed, device)
     points = space.points(drawn.dim, metric, seed)
+    stored = len(data) if stored is None else stored
+    check_int("stored", stored, 1, 1 << 62)
+    check_int("trials", trials, 1, 1 << 31)
     policy = policies.resolve(policy, len(points))
     timed = weights.latency > 0
     dense_ms = uncompressed_latency(drawn).median_ms if timed else None
-    scorer = Scorer(objective, weights, 4 * drawn.dim, dense_ms)
+    scorer = Scorer(accuracy, weights, 4 * drawn.dim, dense_ms)
     measured: dict[Config, Point] = {}
 
     def measured_point(config: Config) -> Point:
         if config not in measured:
             progress(name(config))
-            measured[config] = measure(config, drawn, len(data), timed=timed)
+            measured[config] = measure(config, drawn, stored, timed=timed)
         return measured[config]
 
     def evaluate(config: Config) -> tuple[float, ...]:
         point = measured_point(config)
         return scorer.reward(point), scorer.accuracy(point), *scorer.costs(point)
 
-    policies.run(policy, space, points, evaluate, trials, seed)
+    policies.run(policy, space, points, evaluate, trials, seed, 3 if timed else 2)
     for config in [baseline(config, drawn.dim) for config in list(measured)]:
         measured_point(config)
     times = [p.latency for p in measured.values() if p.latency is not None]
@@ -99,7 +106,7 @@ def optimize_vectors(
         raise ConfigError(_nothing_within(measured, scorer, max_bytes, min_accuracy))
     return VectorOptimization(
         sample=drawn,
-        stored=len(data),
+        stored=stored,
         scorer=scorer,
         policy=policy,
         points_of_space=len(points),
@@ -121,14 +128,14 @@ def _choices(
             best = max(of_kind, key=scorer.reward)
             plain = measured[baseline(best.config, dim)]
             plain = plain if plain in allowed else best
-            choices[kind] = Choice(best, plain, _gain(best, plain, scorer.objective))
+            choices[kind] = Choice(best, plain, _gain(best, plain, scorer.measure))
     return choices
 
 
-def _gain(best: Point, plain: Point, objective: Objective) -> Gain | None:
+def _gain(best: Point, plain: Point, measure: Accuracy) -> Gain | None:
     if best is plain:
         return None
-    return Gain.of(best.accuracy(objective, "check"), plain.accuracy(objective, "check"))
+    return Gain.of(best.accuracy(measure, "check"), plain.accuracy(measure, "check"))
 
 
 def _within(
@@ -143,7 +150,7 @@ def _nothing_within(
     min_accuracy: float | None,
 ) -> str:  # fmt: skip
     limits = [] if max_bytes is None else [f"at most {max_bytes:g} bytes per vector"]
-    limits += [] if min_accuracy is None else [f"{scorer.objective} of at least {min_accuracy:g}"]
+    limits += [] if min_accuracy is None else [f"{scorer.measure} of at least {min_accuracy:g}"]
     least = min(point.bytes_per_vector for point in measured.values())
     most = max(scorer.accuracy(point) for point in measured.values())
     return (
