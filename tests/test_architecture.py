@@ -33,6 +33,7 @@ LAYERS = (
     ("arrays", "io", "pipeline", "quantizer"),
     ("inputs", "measure"),
     ("llm", "vectordb"),
+    ("vllm",),
     ("optimizer",),  # measures both
     ("server",),
     ("cli", "__main__"),
