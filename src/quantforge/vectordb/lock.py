@@ -63,6 +63,10 @@ class WriterLock:
             os.close(self._file)
             self._file = -1
 
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.release()
+
 
 def _let_go_in_child() -> None:
     """Close the copies that a fork made: with one open, the lock would outlive its owner."""

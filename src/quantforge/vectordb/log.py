@@ -145,11 +145,10 @@ class Log:
 
         It is not if the disk refused it after it had been read: its writer took it back.
         """
-        there = os.pread(self._file, RECORD_HEADER.size, self._end - self._payload_bytes())
-        return there == self._last
-
-    def _payload_bytes(self) -> int:
-        return RECORD_HEADER.unpack(self._last)[3] + RECORD_HEADER.size if self._last else 0
+        if not self._last:
+            return True
+        start = self._end - RECORD_HEADER.size - RECORD_HEADER.unpack(self._last)[3]
+        return os.pread(self._file, RECORD_HEADER.size, start) == self._last
 
     def cut(self) -> None:
         """Remove what follows the last record: a write that a crash cut short."""
@@ -206,6 +205,10 @@ class Log:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
 
     def __enter__(self) -> Log:
         return self
