@@ -322,6 +322,13 @@ def test_attention_that_needs_dense_keys_names_those_that_do_not(name: str) -> N
     cache.update(keys, keys, 0)
 
 
+def test_attention_that_needs_dense_keys_is_told_by_who_calls() -> None:
+    """Also without a config, before its compiler sees tensors that it cannot trace."""
+    model = random_model("llama", "flex_attention")
+    with pytest.raises(UnsupportedError, match=r'"flex_attention".*attn_implementation'):
+        model(torch.ones(1, 30, dtype=torch.long), past_key_values=QuantForgeCache(**CACHE))
+
+
 def test_flash_attention_without_config_is_refused_with_a_remedy() -> None:
     layer = QuantForgeLayer(CacheConfig(**CACHE))
     states = torch.randn(1, 2, 60, 32)

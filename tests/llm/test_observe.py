@@ -157,18 +157,23 @@ def padded(attend: str, chunks: tuple[int, ...] = (120,), **settings: Any) -> Qu
     for stop in torch.tensor(chunks).cumsum(0).tolist():
         part, seen = slice(start, stop), mask[:, :, start:stop, :stop]
         keys = layer.update(x[:, :, part], x[:, :, part])
-        if attend == "added":
+        if attend in ("added", "eager"):
             seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
         if attend == "quantforge":
             module = torch.nn.Module()
             quantforge_attention(module, query[:, :, part], *keys, seen, softcap=30.0)
+        elif attend == "eager":
+            logits = query[:, :, part] @ keys[0].repeat_interleave(2, 1).transpose(2, 3) / 32**0.5
+            bias = torch.linspace(-1, 0, stop)
+            weights = (torch.tanh(logits) + bias + seen).softmax(-1)
+            assert type(weights) is torch.Tensor, "nothing is watched behind the softmax"
         else:
             F.scaled_dot_product_attention(query[:, :, part], *keys, seen, enable_gqa=True)
         start = stop
     return layer
 
 
-@pytest.mark.parametrize("attend", ["sdpa", "added", "quantforge"])
+@pytest.mark.parametrize("attend", ["sdpa", "added", "quantforge", "eager"])
 @pytest.mark.parametrize("chunks", [(120,), (20, 100), (20, 10, 90)])
 def test_left_padding_is_not_measured(attend: str, chunks: tuple[int, ...]) -> None:
     # one page that comes due with the last chunk
@@ -206,8 +211,12 @@ def test_left_padding_is_not_important() -> None:
     torch.testing.assert_close(mass[:1, :, 9:], short.mass(x[:1, :, 9:]))
 
 
-def test_masks_of_models_tell_their_padding() -> None:
-    model = random_model("llama", "sdpa")
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager"), ("gpt_oss", "eager")],
+)
+def test_masks_of_models_tell_their_padding(family: str, attention: str) -> None:
+    model = random_model(family, attention)
     mask = torch.ones(2, 60, dtype=torch.long)
     mask[0, :17] = 0
     cache = QuantForgeCache(**SETTINGS)

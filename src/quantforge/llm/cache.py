@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -159,7 +160,11 @@ class QuantForgeCache(PromptCache, DynamicCache):
             InputError: if they do not fit what the layer holds.
             UnsupportedError: if the model's attention function can only read dense tensors.
         """
-        _check_attention(getattr(self._config, "_attn_implementation", None))
+        config = self._config
+        if config is None and not self.layers and not torch.compiler.is_compiling():
+            # nobody tells a cache without a config how it is attended to, but who calls it knows
+            config = getattr(sys._getframe(1).f_locals.get("self"), "config", None)
+        _check_attention(getattr(config, "_attn_implementation", None))
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -3,8 +3,9 @@
     update() -> WatchedTensor --- models' views, repeat_kv ---> SDPA or q @ K^T -> Queries.see(q)
 
 A `WatchedTensor` is an ordinary dense tensor with all its data, so whatever attends to it gets the
-exact result; only SDPA and matmul stop to show the query first. SDPA shows its mask too, which
-tells tokens from left padding; eager attention adds one to what matmul returned, out of sight.
+exact result; only SDPA and matmul stop to show the query first. The mask, which tells tokens from
+left padding, is an argument of SDPA; eager attention adds it to what matmul returned, which is
+therefore watched too, up to its softmax.
 """
 
 from __future__ import annotations
@@ -36,6 +37,17 @@ VIEWS = frozenset(
         torch.Tensor.contiguous,
         torch.Tensor.repeat_interleave,
         torch.repeat_interleave,
+    }
+)
+SOFTMAXES = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax})
+ADDITIONS = frozenset(
+    {
+        torch.add,
+        torch.Tensor.add,
+        torch.Tensor.add_,
+        torch.Tensor.__add__,
+        torch.Tensor.__radd__,
+        torch.Tensor.__iadd__,
     }
 )
 MATMULS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__})
@@ -72,7 +84,52 @@ class WatchedTensor(torch.Tensor):
             if isinstance(key, WatchedTensor) and query is not None:
                 key._see(query, kwargs.get("scale"), mask)
         elif func in MATMULS and isinstance(args[1], WatchedTensor):
-            args[1]._see(args[0], None, None)
+            return WatchedLogits.of(out, args[1]._see, args[0])
+        return out
+
+
+class WatchedLogits(torch.Tensor):
+    """`q @ K^T` of eager attention on its way to a softmax, where it shows query and mask."""
+
+    _see: See
+    _query: torch.Tensor
+    _mask: torch.Tensor | None
+
+    @staticmethod
+    def of(
+        logits: torch.Tensor, see: See, query: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> WatchedLogits:
+        """Return logits, sharing their memory, watched."""
+        watched = logits.as_subclass(WatchedLogits)
+        watched._see, watched._query, watched._mask = see, query, mask
+        return watched
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        watched: list[WatchedLogits] = []
+
+        def plain(t: WatchedLogits) -> torch.Tensor:
+            watched.append(t)
+            return t.as_subclass(torch.Tensor)
+
+        with torch._C.DisableTorchFunctionSubclass():
+            plain_args, plain_kwargs = tree_map_only(WatchedLogits, plain, (args, kwargs))
+            n = watched[0].shape[-1]
+        out = func(*plain_args, **plain_kwargs)
+        if not isinstance(out, torch.Tensor):
+            return out
+        see, query, mask = watched[0]._see, watched[0]._query, watched[0]._mask
+        if func in ADDITIONS:
+            for t in args:
+                if isinstance(t, torch.Tensor) and not isinstance(t, WatchedLogits):
+                    # a bias, as of positions, does not hide what a mask says
+                    mask = t if mask is None else mask + t
+        if func not in SOFTMAXES and out.ndim and out.shape[-1] == n:
+            return WatchedLogits.of(out, see, query, mask)
+        see(query, None, mask)
         return out
 
 
