@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from quantforge import QuantForgeConfig, QuantPipeline, load_file
+from quantforge.arrays import CHUNK_NUMBERS
 from quantforge.cli.main import main
 from quantforge.io.npz import load_npz
 
@@ -167,15 +168,16 @@ def limited(extra: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def test_memory_is_bounded(folder: Path, run: Run) -> None:
-    """The data (192 MiB) exceed what may be allocated, the codes do not."""
-    shape = (393_216, 64)
+def test_memory_is_bounded(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data (128 MiB) exceed what may be allocated twice over."""
+    monkeypatch.setitem(CHUNK_NUMBERS, "cpu", 1 << 17)
+    shape = (262_144, 64)
     data = np.lib.format.open_memmap("big.npy", "w+", np.float64, shape)
     data[:, 0] = 1  # the rest is a hole in the file
     del data
     np.save("few.npy", np.ones((20, 64), np.float32))
     run("compress", "data.npy", "-o", "tables.npz")  # constants are made once
-    with limited(96 << 20):
+    with limited(64 << 20):
         run("compress", "big.npy", "-o", "big.npz", "--shift")
         run("decompress", "big.npz", "-o", "restored.npy")
         run("search", "big.npz", "few.npy", "-k", "1", "-o", "found.npz")
