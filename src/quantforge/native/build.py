@@ -42,7 +42,8 @@ class BuildError(Exception):
 def units(machine: str) -> dict[str, tuple[str, ...]]:
     """Return the source files for a machine and the flags of each."""
     levels = LEVEL_FLAGS if machine.lower() in X86 else {"portable": ()}
-    return {"api": (), "pool": (), "queries": (), **levels}
+    search = {f"search_{level}": flags for level, flags in levels.items()}
+    return {"api": (), "pool": (), "queries": (), "search": (), **levels, **search}
 
 
 def source_hash() -> str:

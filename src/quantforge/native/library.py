@@ -42,6 +42,7 @@ _SIGNATURES = {
     "qf_rotate": (_P, _LONG, _P, _P, _INT, _INT),
     "qf_scores": (_PACKED, _LONG, _LONG, _LONG, _P, _P, _ROWS, _INT, _INT, _INT),
     "qf_combine": (_PACKED, _LONG, _LONG, _LONG, _ROWS, _P, _INT),
+    "qf_search": (_P,),
     "qf_attention": (_PACKED, _PACKED, _P, _P, _P, _INT, _P, _INT, _FLOAT, _P, _P, _INT),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@
     dequantize     packed, scales -> x
     scores         q @ X^T
     search         the k best of q @ X^T
+    mixed_search   the same where directions have different bits, by integer products
     combine        w @ X
     attention      softmax(q K^T) V, and its log-sum-exp
     decode_attention   the same for the last tokens, over pages and a dense remainder
@@ -19,6 +20,7 @@ from quantforge.ops.cache_append.api import cache_append
 from quantforge.ops.combine.api import combine
 from quantforge.ops.decode_attention.api import decode_attention
 from quantforge.ops.dequantize.api import dequantize
+from quantforge.ops.mixed_search.api import mixed_search
 from quantforge.ops.quantize.api import quantize
 from quantforge.ops.scores.api import scores
 from quantforge.ops.search.api import search
@@ -30,6 +32,7 @@ __all__ = [
     "combine",
     "decode_attention",
     "dequantize",
+    "mixed_search",
     "quantize",
     "scores",
     "search",

@@ -137,9 +137,10 @@ def _codes_of_index(layout: tuple[Plane, ...], index_bytes: int) -> torch.Tensor
     return torch.stack(codes, -1)
 
 
-def _make_decoder(
+def make_decoder(
     layout: tuple[Plane, ...], dim: int, values: torch.Tensor, device: torch.device
 ) -> Decoder:
+    """Return a lookup of any float32 values (2^bits,) of codes."""
     base = layout[0]
     entry_bytes = base.fields * values.element_size()
     if len(layout) > 1 and dim % 8:
@@ -199,7 +200,7 @@ def _make_component(
     column: int,
     device: torch.device,
 ) -> Component:
-    decoder = _make_decoder(layout, spec.dim, values, device)
+    decoder = make_decoder(layout, spec.dim, values, device)
     basis = None
     if is_dense(spec, device):
         basis = torch.eye(spec.dim, device=device)

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "layout.h"
 #include "pool.h"
 #include "queries.h"
 #include "row_order.h"
@@ -37,45 +38,6 @@ const Kernels *best() {
 }
 
 const Kernels *chosen = nullptr;
-
-const Kernels &kernels() {
-    if (!chosen) chosen = best();
-    return *chosen;
-}
-
-// A Layout that owns the arrays it points to.
-struct OwnedLayout : Layout {
-    std::vector<int32_t> fields;
-
-    explicit OwnedLayout(const Code &code) {
-        static const int WIDTHS[9][3] = {{}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
-        dim = code.dim;
-        bits = code.bits;
-        planes = 0;
-        int shift = 0, offset = 0;
-        for (const int width : WIDTHS[bits]) {
-            if (!width) break;
-            const int stride = (int)(((int64_t)dim * width + 7) / 8);
-            plane[planes++] = {width, shift, offset, stride};
-            shift += width;
-            offset += (stride + 3) / 4 * 4;
-        }
-        dwords = offset / 4;
-        dword = rotation = nullptr;
-        if (planes == 1) return;
-        fields.resize(2 * (size_t)planes * dim);
-        for (int p = 0; p < planes; p++) {
-            for (int c = 0; c < dim; c++) {
-                const int byte = plane[p].offset + c % plane[p].stride;
-                const int bit = 8 * (byte % 4) + plane[p].width * (c / plane[p].stride);
-                fields[p * dim + c] = byte / 4;
-                fields[(planes + p) * dim + c] = (bit - plane[p].shift) & 31;
-            }
-        }
-        dword = fields.data();
-        rotation = fields.data() + planes * dim;
-    }
-};
 
 template <class Args> struct Call {
     void (*kernel)(const Args *, int64_t, int64_t, void *);
@@ -127,6 +89,11 @@ template <class Body> int guarded(const Body &body) {
 }
 
 }  // namespace
+
+const Kernels &kernels() {
+    if (!chosen) chosen = best();
+    return *chosen;
+}
 
 API const char *qf_source(void) { return QF_SOURCE; }
 

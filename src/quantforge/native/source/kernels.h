@@ -131,6 +131,8 @@ struct AttentionArgs {
     float *maximum, *mass;  // (splits, groups, rows)
 };
 
+struct SearchKernels;  // search_args.h
+
 constexpr int ATTENTION_ROWS = 32;  // query rows that share one pass over the keys
 constexpr int COMBINE_ROWS = 32;
 constexpr int WIDE = 4;             // vectors of keys per tile of attention and combine
@@ -161,8 +163,11 @@ struct Kernels {
     int few_rows;     // up to here row_attention is faster than attention
     size_t (*row_attention_scratch)(const Layout *, const Layout *);  // 2 or 4 bits
     void (*row_attention)(const AttentionArgs *, int64_t begin, int64_t end, void *scratch);
+    const SearchKernels *search;
 };
 
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+
+const Kernels &kernels();  // of the level in use

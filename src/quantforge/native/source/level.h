@@ -12,6 +12,7 @@
 #define JOIN(a, b) JOIN_(a, b)
 
 extern const Kernels JOIN(LEVEL, _kernels);
+extern const SearchKernels JOIN(LEVEL, _search);
 const Kernels JOIN(LEVEL, _kernels) = {
     LEVEL::LANES,
     LEVEL::Vector::MAX_ACCUMULATORS,
@@ -41,4 +42,5 @@ const Kernels JOIN(LEVEL, _kernels) = {
     LEVEL::FEW_ROWS,
     LEVEL::attention_scratch<LEVEL::RowProducts>,
     LEVEL::attention<LEVEL::RowProducts>,
+    &JOIN(LEVEL, _search),
 };

@@ -200,6 +200,42 @@ struct Vector {
         const I odd = _mm256_madd_epi16(x.odd, iload(query + LANES));
         return iadd(sum, iadd(even, odd));
     }
+
+    // ---- integers of search.h ------------------------------------------------------------------
+    // Four dwords of eight rows at `byte`, transposed: 4 x 8. A transpose of halves of registers
+    // needs no shuffle across them.
+    static constexpr bool HALF_TURN = true;
+    static inline __attribute__((always_inline)) void turn_four(const uint8_t *const row[LANES],
+                                                                int64_t byte, uint32_t *out) {
+        I r[4], t[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const I low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(row[i] + byte)));
+            r[i] = _mm256_inserti128_si256(
+                low, _mm_loadu_si128((const __m128i *)(row[i + 4] + byte)), 1);
+        }
+        t[0] = _mm256_unpacklo_epi32(r[0], r[1]);
+        t[1] = _mm256_unpackhi_epi32(r[0], r[1]);
+        t[2] = _mm256_unpacklo_epi32(r[2], r[3]);
+        t[3] = _mm256_unpackhi_epi32(r[2], r[3]);
+        istore(out, _mm256_unpacklo_epi64(t[0], t[2]));
+        istore(out + LANES, _mm256_unpackhi_epi64(t[0], t[2]));
+        istore(out + 2 * LANES, _mm256_unpacklo_epi64(t[1], t[3]));
+        istore(out + 3 * LANES, _mm256_unpackhi_epi64(t[1], t[3]));
+    }
+    static I blend_bytes(I sign, I yes, I no) { return _mm256_blendv_epi8(no, yes, sign); }
+    // Sums of a few products of unsigned bytes with a query's bytes: pairs, in 16 bits.
+    static I short_dot(I sums, I values, int32_t query) {
+        return _mm256_add_epi16(sums, _mm256_maddubs_epi16(values, iset1(query)));
+    }
+    static I widen(I total, I sums) {
+        return iadd(total, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    }
+    static I pair_dot(I total, I pairs, int32_t query) {
+        return iadd(total, _mm256_madd_epi16(pairs, iset1(query)));
+    }
+    static Mask at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+    static uint32_t bits_of(Mask m) { return (uint32_t)_mm256_movemask_ps(m); }
 };
 
 template <> struct Vector::Lookup<4> {

@@ -168,6 +168,23 @@ struct Vector {
     static I dot_lanes(I sum, Bytes x, const int32_t *query) {
         return _mm512_dpbusd_epi32(sum, x, iload(query));
     }
+
+    // ---- integers of search.h ------------------------------------------------------------------
+    static constexpr bool HALF_TURN = false;
+    static void turn_four(const uint8_t *const *, int64_t, uint32_t *) {}
+    static I blend_bytes(I sign, I yes, I no) {
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(sign), no, yes);
+    }
+    // Sums of products of unsigned bytes with a query's bytes: here in 32 bits at once.
+    static I short_dot(I sums, I values, int32_t query) {
+        return _mm512_dpbusd_epi32(sums, values, _mm512_set1_epi32(query));
+    }
+    static I widen(I total, I sums) { return iadd(total, sums); }
+    static I pair_dot(I total, I pairs, int32_t query) {
+        return _mm512_dpwssd_epi32(total, pairs, _mm512_set1_epi32(query));
+    }
+    static Mask at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+    static uint32_t bits_of(Mask m) { return m; }
 };
 
 template <> struct Vector::Lookup<5> {

@@ -157,7 +157,7 @@ struct Vector {
         I operator()(I index) const {
             uint8_t byte[16];
             memcpy(byte, &index, 16);
-            for (int i = 0; i < 16; i++) byte[i] = table[byte[i]];
+            for (int i = 0; i < 16; i++) byte[i] = table[byte[i] & 15];
             return iload(byte);
         }
     };
@@ -176,6 +176,31 @@ struct Vector {
         const Mask even = x.even_low * (q0 << 16 >> 16) + x.even_high * (q0 >> 16);
         const Mask odd = x.odd_low * (q1 << 16 >> 16) + x.odd_high * (q1 >> 16);
         return sum + (I)even + (I)odd;
+    }
+
+    // ---- integers of search.h ------------------------------------------------------------------
+    static constexpr bool HALF_TURN = false;
+    static void turn_four(const uint8_t *const *, int64_t, uint32_t *) {}
+    static I blend_bytes(I sign, I yes, I no) {
+        typedef int8_t Signs __attribute__((vector_size(16)));
+        return merge((I)((Signs)sign < 0), yes, no);
+    }
+    // Sums of products of unsigned bytes with a query's bytes: here in 32 bits at once.
+    static I short_dot(I sums, I values, int32_t query) {
+        const uint32_t q = (uint32_t)query;
+        return sums + (values & 0xFFu) * (uint32_t)(int8_t)q
+             + (values >> 8 & 0xFFu) * (uint32_t)(int8_t)(q >> 8)
+             + (values >> 16 & 0xFFu) * (uint32_t)(int8_t)(q >> 16)
+             + (values >> 24) * (uint32_t)(int8_t)(q >> 24);
+    }
+    static I widen(I total, I sums) { return total + sums; }
+    static I pair_dot(I total, I pairs, int32_t query) {
+        const Mask low = ((Mask)pairs << 16 >> 16) * (int16_t)query;
+        return total + (I)low + (I)(((Mask)pairs >> 16) * (query >> 16));
+    }
+    static Mask at_least(F a, F b) { return a >= b; }
+    static uint32_t bits_of(Mask m) {
+        return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
     }
 };
 

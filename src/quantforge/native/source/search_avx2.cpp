@@ -1,0 +1,4 @@
+#define LEVEL avx2
+#include "vector_avx2.h"
+
+#include "search.h"

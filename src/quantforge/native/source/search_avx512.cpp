@@ -1,0 +1,4 @@
+#define LEVEL avx512
+#include "vector_avx512.h"
+
+#include "search.h"

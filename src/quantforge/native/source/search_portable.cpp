@@ -1,0 +1,4 @@
+#define LEVEL portable
+#include "vector_portable.h"
+
+#include "search.h"
