@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from os import PathLike
+from tokenize import TokenError
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -199,7 +200,8 @@ def open_npy(path: str | PathLike[str]) -> np.ndarray:
     """Memory-map a .npy file; anything else is a `FormatError`."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError, SyntaxError, TokenError) as error:
+        # the last four: a header that is no Python literal, or of an impossible shape
         raise FormatError(
             f"{path} is not a readable .npy file of numbers: {error}; load it yourself and give "
             "the array"

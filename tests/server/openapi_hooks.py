@@ -1,0 +1,43 @@
+"""How schemathesis makes bodies that JSON Schema cannot describe.
+
+    QUANTFORGE_TOKEN=a-token-for-tests quantforge serve --port 8123 --folder /tmp/contract &
+    SCHEMATHESIS_HOOKS=tests.server.openapi_hooks schemathesis run \
+        http://127.0.0.1:8123/openapi.json -H 'Authorization: Bearer a-token-for-tests' \
+        --exclude-checks positive_data_acceptance
+
+The check is left out because no schema says that the rows of a matrix have one length, or the
+dimension of the collection they go to.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import schemathesis
+from hypothesis import strategies as st
+
+DIMS = st.integers(1, 48)
+
+
+@st.composite
+def safetensors_bodies(draw: st.DrawFn) -> bytes:
+    """Return one float32 matrix as a safetensors file."""
+    n, dim = draw(st.integers(0, 4)), draw(DIMS)
+    data = draw(st.binary(min_size=4 * n * dim, max_size=4 * n * dim))
+    entry = {"dtype": "F32", "shape": [n, dim], "data_offsets": [0, len(data)]}
+    header = json.dumps({"vectors": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@st.composite
+def npy_bodies(draw: st.DrawFn) -> bytes:
+    """Return one float32 matrix as a .npy file."""
+    n, dim = draw(st.integers(0, 4)), draw(DIMS)
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({n}, {dim}), }}\n".encode()
+    data = draw(st.binary(min_size=4 * n * dim, max_size=4 * n * dim))
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+
+
+schemathesis.openapi.media_type("application/vnd.safetensors", safetensors_bodies())
+schemathesis.openapi.media_type("application/x-npy", npy_bodies())
