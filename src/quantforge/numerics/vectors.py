@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from quantforge.errors import InputError
 from quantforge.numerics.codebook import load_codebook
 from quantforge.numerics.lloyd_max import distortion
+from quantforge.numerics.packing import row_bytes
 from quantforge.numerics.rotation import haar_matrix, rotation_matrix
 from quantforge.numerics.statistics import equalizer_from_rms
 from quantforge.spec import MAX_BITS, QuantSpec, Rotation, hadamard_base
@@ -225,11 +226,25 @@ def learn(mode: Mode, moments: Moments, bits: int, seed: int) -> VectorCode:
     peak = float(variance.max())
     step = np.sqrt(np.maximum(variance, MIN_STEP**2 * peak)) if peak > 0 else np.ones(len(widths))
     weights = step ** (2 + 2 * ENERGY_EXPONENT)
-    chosen = allocate(variance, widths, bits * dim)
     step, weights = np.repeat(step, widths), np.repeat(weights / weights.mean(), widths)
-    spread_bits = np.repeat(chosen, widths)
-    errors = theoretical_errors(weights, spread_bits)
-    return VectorCode(moments.mean, ones, basis, step, weights, spread_bits, errors)
+    chosen = _within_bytes(variance, widths, bits)
+    errors = theoretical_errors(weights, chosen)
+    return VectorCode(moments.mean, ones, basis, step, weights, chosen, errors)
+
+
+def _within_bytes(variance: F64, widths: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+    """Return bits (dim,) of directions that take no more bytes than `bits` for each.
+
+    Planes of a group are padded, so several groups may need more than their bits.
+    """
+    dim = int(widths.sum())
+    budget = bits * dim
+    while True:
+        chosen = np.repeat(allocate(variance, widths, budget), widths)
+        runs = [(b, int((chosen == b).sum())) for b in range(1, MAX_BITS + 1)]
+        if sum(row_bytes(n, b) for b, n in runs if n) <= row_bytes(dim, bits):
+            return chosen
+        budget -= SEGMENT
 
 
 def segment_rotations(dim: int, seed: int) -> list[tuple[slice, F64]]:
@@ -313,12 +328,12 @@ def with_measured_errors(code: VectorCode, mode: Mode, seed: int, r: F64) -> Vec
     scale = scales.astype(np.float64)[:, None]
     decoded = unmix(mode, scale * c, seed)
     lost = unmix(mode, u, seed) - decoded
-    pull = code.weights * decoded
+    pull, square = np.square(code.weights * decoded), np.square(scale[:, 0])
 
     def predicted(errors: F64) -> F64:
-        norm = (pull * pull) @ errors
-        known = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)[:, None]
-        return (scale**2 * (errors - (errors * pull) ** 2 * known)).mean(0)
+        norm = pull @ errors
+        known = np.divide(square, norm, out=np.zeros_like(norm), where=norm > 0)
+        return errors * square.mean() - np.square(errors) * (known @ pull) / len(r)
 
     share = len(r) / (len(r) + ERROR_PRIOR)
     wanted = share * np.square(lost).mean(0) + (1 - share) * predicted(code.errors)

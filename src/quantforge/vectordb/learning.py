@@ -16,7 +16,7 @@ from quantforge.vectordb.kmeans import learn_centroids
 from quantforge.vectordb.lists import Partition
 from quantforge.vectordb.moments import Passing, measure
 
-ERROR_ROWS = 4096
+ERROR_ROWS = 2048
 """Vectors on which errors are measured."""
 CURVE_QUERIES, CURVE_NEIGHBOURS = 256, 10
 DEFAULT_RECALL = 0.95

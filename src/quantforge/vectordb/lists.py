@@ -92,7 +92,7 @@ class Lists:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare room included."""
+        """Bytes held."""
         return self.starts.nbytes + self._tail.nbytes
 
     @property

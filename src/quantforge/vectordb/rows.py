@@ -34,8 +34,8 @@ class Growing:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffer, spare room included."""
-        return self._buffer.nbytes
+        """Bytes held; spare room of a buffer in main memory takes none until it is used."""
+        return (self.rows if self._buffer.device.type == "cpu" else self._buffer).nbytes
 
     @property
     def row_bytes(self) -> int:
@@ -78,6 +78,10 @@ class Rows:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._parts[name].rows
+
+    def growing(self, name: str) -> Growing:
+        """Return the buffer of a part, for those who follow it."""
+        return self._parts[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts

@@ -1,0 +1,151 @@
+"""What the codes of an index keep: recall and bytes of each mode, errors, and the worth of lists.
+
+    python -m benchmarks.vector_codes out/minilm.npy.part --queries 1000
+    python -m benchmarks.vector_codes --isotropic
+
+Vectors are a raw float32 file or a .npy (--dim columns); the last ones are the queries. Isotropic
+ones are normal, as many as would make 8 neighbours likely to be told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantforge import __version__
+from quantforge.vectordb import IndexConfig, QuantizedIndex
+
+RESULTS = Path(__file__).parent / "results"
+NEIGHBOURS = 10
+
+
+def vectors_of(path: Path, dim: int) -> torch.Tensor:
+    """Return the rows that are there."""
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path))
+    raw = np.fromfile(path, np.float32)
+    return torch.from_numpy(raw[: len(raw) // dim * dim].reshape(-1, dim))
+
+
+def recall(found: np.ndarray, truth: torch.Tensor) -> float:
+    """Return the share of true neighbours (q, k) among those found."""
+    return float((torch.from_numpy(found)[:, :, None] == truth[:, None]).any(1).float().mean())
+
+
+def codes(x: torch.Tensor, query: torch.Tensor, bits: list[int], modes: list[str]) -> list[dict]:
+    """Return recall, bytes, bias and calibration of flat indexes."""
+    truth = (query @ x.T).topk(NEIGHBOURS).indices
+    rows = []
+    for mode in modes:
+        for b in bits:
+            index = QuantizedIndex(x.shape[1], IndexConfig(bits=b, mode=mode, nlist=0))
+            index.add(x)
+            ids, _ = index.search(query, NEIGHBOURS)
+            some = np.arange(0, len(x), max(1, len(x) // 500))
+            exact = (query @ x[some].T).numpy()
+            whole = index._known
+            seen = whole.codec.queries(query)
+            at = index._rows_of(some)
+            guess = (whole.codec.scores(seen, whole.rows.coded(at)) + seen.base).numpy()
+            error = index.standard_errors(query, some)
+            rows.append(
+                {
+                    "mode": mode,
+                    "bits": b,
+                    "bytes": whole.codec.row_bytes,
+                    "recall": round(recall(ids, truth), 4),
+                    "bias": float(f"{(guess - exact).mean():.2e}"),
+                    "rms_error": float(f"{np.sqrt(np.square(guess - exact).mean()):.2e}"),
+                    "error_ratio": round(
+                        float(np.sqrt(np.square(guess - exact).mean() / np.square(error).mean())), 3
+                    ),
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def lists(x: torch.Tensor, query: torch.Tensor, bits: list[int]) -> list[dict]:
+    """Return recall by nprobe of an index with lists, its codes of residuals or of vectors."""
+    truth = (query @ x.T).topk(NEIGHBOURS).indices
+    rows = []
+    for b in bits:
+        for kind in ("residuals", "vectors"):
+            index = QuantizedIndex(x.shape[1], IndexConfig(bits=b))
+            start = time.perf_counter()
+            if kind == "residuals":
+                index.add(x)
+            else:
+                for part in x.split(max(5000, len(x) // 8)):
+                    index.add(part)
+            built = time.perf_counter() - start
+            full, _ = index.search(query, NEIGHBOURS, nprobe=index.nlist)
+            found, _ = index.search(query, NEIGHBOURS)
+            chosen, curve = index.nprobe, index._known.partition.curve
+            row: dict[str, Any] = {
+                "bits": b,
+                "codes_of": kind,
+                "nlist": index.nlist,
+                "imbalance": round(float(index.list_report()["imbalance"]), 3),
+                "build_s": round(built, 2),
+                "recall_all_lists": round(recall(full, truth), 4),
+                "default_nprobe": chosen,
+                "default_expects": round(float(curve[chosen - 1]), 4),
+                "default_finds_of_full_scan": round(recall(found, torch.from_numpy(full)), 4),
+            }
+            own = index.calibrate(0.95)
+            found, _ = index.search(query, NEIGHBOURS)
+            row |= {
+                "calibrated_nprobe": own.nprobe,
+                "calibrated_finds_of_full_scan": round(recall(found, torch.from_numpy(full)), 4),
+                "recall_calibrated": round(recall(found, truth), 4),
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("vectors", type=Path, nargs="?")
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--isotropic", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "vector_codes.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    found["host"] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "quantforge": __version__,
+    }
+    if args.isotropic:
+        generator = torch.Generator().manual_seed(0)
+        for dim in (384, 768, 1536):
+            x = torch.randn(6000, dim, generator=generator)
+            query = torch.randn(500, dim, generator=generator)
+            found[f"isotropic_{dim}"] = codes(x, query, [1, 2, 4], ["centred", "adapted"])
+    else:
+        every = vectors_of(args.vectors, args.dim)
+        x, query = every[: -args.queries], every[-args.queries :]
+        found["vectors"] = {"n": len(x), "dim": args.dim, "queries": len(query)}
+        found["codes"] = codes(x, query, [1, 2, 3, 4, 8], ["oblivious", "centred", "adapted"])
+        found["lists"] = lists(x, query, [1, 2, 4])
+    args.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
