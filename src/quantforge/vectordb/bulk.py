@@ -51,7 +51,9 @@ def rebuild(index: QuantizedIndex, fetch: Fetch | None) -> None:
     rows = torch.arange(len(index)).split(REBUILD_ROWS)
     core = index._learn((get(part) for part in rows), None)
     for part in rows:
-        core.append(core.prepare(get(part), old.rows.ids[part]))
+        parts = core.prepare(get(part), old.rows.ids[part])
+        core.append(parts | old.catalog.parts(part))
+    core.catalog.ids.next_id = old.catalog.ids.next_id
     index._core = core
 
 
@@ -62,7 +64,7 @@ def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:
     if not len(other):
         return
     if index._core is None:
-        index._core, index._next_id = copy.deepcopy((other._core, other._next_id))
+        index._core = copy.deepcopy(other._core)
         return
     ours, theirs = index._core, other._known
     if not ours.has_code_of(theirs):
@@ -72,7 +74,9 @@ def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:
         )
     both = torch.isin(theirs.rows.ids, ours.rows.ids)
     if bool(both.any()):
-        raise InputError(f"id {int(theirs.rows.ids[both][0])} is in both indexes")
+        (name,) = theirs.catalog.ids.names(both.nonzero()[:1, 0]).tolist()
+        raise InputError(f"id {name!r} is in both indexes")
+    ours.catalog.check_other(theirs.catalog)
     ours.append(theirs.parts())
     index._next_id = max(index._next_id, other._next_id)
 
@@ -84,7 +88,6 @@ def shard(index: QuantizedIndex, count: int) -> list[QuantizedIndex]:
     found = []
     for i in range(count):
         part = type(index)(index.dim, index.config)
-        part._next_id = index._next_id
         if index._core is not None:
             part._core = index._core.part(torch.arange(i, len(index), count))
         found.append(part)

@@ -3,34 +3,29 @@
 Rows travel as named tensors (`rows.Parts`): `prepare` makes them, `append` and `replace` take them
 in, and a log that keeps them can have them taken in again.
 
-Rows move: those of a list lie together. Whatever is kept of rows elsewhere has to follow.
+Rows move: those of a list lie together. The catalog follows them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from quantforge.vectordb import learning, scan
+from quantforge.vectordb.catalog import Catalog
 from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.kmeans import ROWS_PER_LIST
 from quantforge.vectordb.lists import Lists, Partition
 from quantforge.vectordb.rerank import rerank_by
 from quantforge.vectordb.rows import Parts, Rows
+from quantforge.vectordb.table import Table
 
 REPARTITION = 4
 """Lists that only show the way are made anew when so many times as many would be made."""
-
-
-class Follower(Protocol):
-    """Something with one entry a row."""
-
-    def keep(self, index: torch.Tensor) -> None:
-        """Keep these rows alone, in this order."""
 
 
 class Core:
@@ -42,6 +37,9 @@ class Core:
         partition: where lists are.
         parts: rows to begin with; None for none.
         lists: which rows belong to which list.
+
+    Attributes:
+        catalog: ids and metadata of the rows.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class Core:
             parts.pop("lists", None)
         self.rows = Rows(parts)
         self.lists = Lists.of(nothing, len(partition)) if lists is None else lists
-        self.followers: list[Follower] = []
+        self.catalog = Catalog(self.rows.growing("ids"))
 
     def prepare(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return rows (n, dim) as they are stored; `lists` if their codes depend on it.
@@ -81,6 +79,7 @@ class Core:
         """Add rows that `prepare` made, at the end; then rows may move."""
         labels = self._labels(parts)
         self.rows.append(parts)
+        self.catalog.append(parts)
         self.lists.append(labels)
         if not self.partition.coded:
             wanted = self.config.lists_for(len(self.rows))
@@ -107,7 +106,8 @@ class Core:
             place[stay] = torch.arange(len(stay))
             place[index[moved]] = torch.arange(len(stay), len(self.rows))
             index = place[index]
-        self.rows.put(index, {name: part for name, part in parts.items() if name != "lists"})
+        self.rows.put(index, {name: part for name, part in parts.items() if name in self.rows})
+        self.catalog.put(index, parts)
 
     def remove(self, index: torch.Tensor) -> None:
         """Remove rows; those after them move up."""
@@ -123,11 +123,14 @@ class Core:
         core.lists = Lists.of(labels[index < self.lists.sorted_rows], len(self.partition))
         if len(self.partition) > 1:
             core.lists.append(labels[index >= self.lists.sorted_rows])
+        core.catalog = Catalog(core.rows.growing("ids"), table=Table())
+        core.catalog.append({"ids": core.rows.ids, **self.catalog.parts(index)})
+        core.catalog.ids.next_id = self.catalog.ids.next_id
         return core
 
     def parts(self) -> dict[str, torch.Tensor]:
         """Return all rows as `append` takes them."""
-        parts = self.rows.parts(slice(None))
+        parts = self.rows.parts(slice(None)) | self.catalog.parts(torch.arange(len(self.rows)))
         if self.partition.coded:
             every = torch.arange(len(self.rows))
             parts["lists"] = self.lists.of_rows(every).to(torch.int32)
@@ -145,8 +148,8 @@ class Core:
         return keep.nonzero()[:, 0]
 
     def _arrange(self, index: torch.Tensor) -> None:
-        for part in (self.rows, *self.followers):
-            part.keep(index)
+        self.rows.keep(index)
+        self.catalog.keep(index)
 
     def _labels(self, parts: Parts) -> torch.Tensor:
         if self.partition.coded:
@@ -226,8 +229,10 @@ class Core:
         return self.codec.standard_errors(query, self.rows.coded(index), self._lists_of(index))
 
     def report(self) -> dict[str, int]:
-        """Return the bytes held, by part; spare room of buffers is counted."""
+        """Return the bytes held, by part."""
         report = self.rows.report()
+        for name, held in self.catalog.report.items():
+            report[name] = report.get(name, 0) + held
         report["lists"] = self.lists.nbytes + self.partition.nbytes
         report["learned"] = self.codec.nbytes
         if self.partition.coded:  # the centroids are the codec's centres

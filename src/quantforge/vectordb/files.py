@@ -13,6 +13,7 @@ import torch
 from quantforge.errors import FormatError
 from quantforge.io import QuantFile, open_file, save_file
 from quantforge.numerics.vectors import VectorCode, oblivious, theoretical_errors
+from quantforge.vectordb.catalog import Catalog
 from quantforge.vectordb.codec import CHUNK_ROWS, Codec
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
@@ -36,6 +37,8 @@ def save(path: str | PathLike[str], dim: int, config: IndexConfig, core: Core | 
         lists = {"starts": core.lists.starts, "tail": core.lists.tail}
         lists |= {"centroids": core.partition.centroids, "curve": core.partition.curve}
         tensors |= {f"lists.{name}": lists[name] for name in LISTS}
+        tensors |= core.catalog.tensors()
+        header["catalog"] = core.catalog.settings()
     save_file(tensors, path, metadata={"index": json.dumps(header)})
 
 
@@ -89,7 +92,12 @@ def _core_of(file: QuantFile, dim: int, config: IndexConfig, header: dict[str, A
     parts = {name: file[name] for name in names}
     if lists is None:
         lists = Lists.of(torch.zeros(len(parts["ids"]), dtype=torch.int64), 1)
-    return Core(config, codec, partition, parts, lists)
+    core = Core(config, codec, partition, parts, lists)
+    if "catalog" in header:
+        core.catalog = Catalog.load(core.rows.growing("ids"), header["catalog"], file)
+    elif len(core.rows):
+        core.catalog.ids.next_id = int(core.rows.ids.max()) + 1
+    return core
 
 
 def _offsets_of_format_1(core: Core) -> None:

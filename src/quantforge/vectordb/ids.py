@@ -25,7 +25,6 @@ from quantforge.vectordb.texts import Texts
 
 Kind = Literal["integer", "string"]
 MAX_ID = 2**63 - 1
-NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Ids:
     """The ids of rows (n,), all integers or all strings: the first that are added decide.
 
     Args:
-        keys: (n,) int64.
+        keys: (n,) int64, which somebody else appends to and cuts.
         texts: of string ids.
         order: rows by key, if that is known already and keys do not rise.
         rising: keys rise with the row.
@@ -88,16 +87,16 @@ class Ids:
 
     def __init__(
         self,
-        keys: torch.Tensor = NOTHING,
+        keys: Growing,
         texts: Texts | None = None,
         order: torch.Tensor | None = None,
         *,
         rising: bool = False,
         next_id: int = 0,
     ) -> None:
-        self._keys, self._texts, self.next_id = Growing(keys), texts, next_id
-        known = len(keys) > 0 and (rising or order is not None)
-        self._runs: tuple[Run, ...] = (Run(0, len(keys), order),) if known else ()
+        self._keys, self._texts, self.next_id = keys, texts, next_id
+        known = len(self) > 0 and (rising or order is not None)
+        self._runs: tuple[Run, ...] = (Run(0, len(self), order),) if known else ()
 
     def __len__(self) -> int:
         return len(self._keys.rows)
@@ -109,9 +108,9 @@ class Ids:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, spare room included."""
+        """Bytes held besides the keys, spare room included."""
         orders = sum(run.order.nbytes for run in self._runs if run.order is not None)
-        return self._keys.nbytes + orders + (0 if self._texts is None else self._texts.nbytes)
+        return orders + (0 if self._texts is None else self._texts.nbytes)
 
     def names(self, rows: torch.Tensor) -> np.ndarray:
         """Return the ids of rows of any shape; where a row is -1 the id is -1, or None."""
@@ -158,25 +157,28 @@ class Ids:
         return new
 
     def append(self, new: Parsed) -> None:
-        """Add what `check_new` returned."""
+        """Take in what `check_new` returned, after its keys have been appended."""
         if not len(new.keys):
             return
-        if not len(self):
+        if len(self) == len(new.keys):
             self._texts, self._runs = (None if new.text is None else Texts()), ()
-        self._keys.append(new.keys)
         if self._texts is not None:
             assert new.text is not None, "check_new has looked"
             self._texts.append(new.text)
         else:
             self.next_id = max(self.next_id, int(new.keys.max()) + 1)
 
-    def rows_of(self, ids: Any) -> torch.Tensor:
-        """Return the rows (m,) int64 of ids (m,).
+    def text(self, rows: torch.Tensor) -> list[bytes] | None:
+        """Return the UTF-8 of string ids, None for integers."""
+        return None if self._texts is None else [t.encode() for t in self._texts.at(rows)]
+
+    def rows_of(self, ids: Any, n: int | None = None) -> torch.Tensor:
+        """Return the rows (m,) int64 of ids (m,), n of them if that is given.
 
         Raises:
             InputError: for ids of the wrong kind, twice the same, or one that is not there.
         """
-        wanted = self.parse(ids)
+        wanted = self.parse(ids, n)
         rows = self._find(wanted) if len(self) else torch.full_like(wanted.keys, -1)
         if bool((rows < 0).any()):
             unknown = wanted.name(int((rows < 0).nonzero()[0]))
@@ -184,22 +186,16 @@ class Ids:
         return rows
 
     def keep(self, index: torch.Tensor) -> None:
-        """Keep these rows alone, in this order."""
-        runs: tuple[Run, ...] = ()
-        if self._runs and len(index):
-            order = self._whole().order
-            place = torch.full((len(self),), -1)
-            place[index] = torch.arange(len(index))
-            moved = place if order is None else place[order.long()]
-            runs = (_run_of(0, moved[moved >= 0]),)
-        self._keys.keep(index)
+        """Follow the keys, of which these rows alone were kept, in this order."""
+        rising = bool((index[1:] > index[:-1]).all())
+        moved = [_moved(run, index) for run in self._runs] if rising else []
+        self._runs = tuple(run for run in moved if run.stop > run.start)
         if self._texts is not None:
             self._texts.keep(index)
-        self._runs = runs
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all tensors, for a file."""
-        found = {"ids": self._keys.rows}
+        """Return all tensors but the keys, for a file."""
+        found = {}
         order = self._whole().order if len(self) else None
         if order is not None:
             found["id_order"] = order
@@ -212,19 +208,20 @@ class Ids:
         return {"kind": self.kind, "next": self.next_id}
 
     @classmethod
-    def load(cls, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Ids:
+    def load(
+        cls, keys: Growing, settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> Ids:
         """Return ids as `tensors` and `settings` gave them; nothing is read but what is asked for.
 
         Raises:
             FormatError: if parts do not fit each other.
         """
-        keys, order = tensors["ids"], tensors.get("id_order")
-        texts = None
+        order, texts = tensors.get("id_order"), None
         if settings["kind"] == "string":
             texts = Texts(tensors["id_text"], tensors["id_ends"])
         for name, part in (("id_order", order), ("id_ends", None if texts is None else texts.ends)):
-            if part is not None and part.shape != keys.shape:
-                raise FormatError(f"{name} has {len(part)} rows, ids has {len(keys)}")
+            if part is not None and part.shape != keys.rows.shape:
+                raise FormatError(f"{name} has {len(part)} rows, ids has {len(keys.rows)}")
         return cls(keys, texts, order, rising=order is None, next_id=settings["next"])
 
     # ---- inside -----------------------------------------------------------------------------
@@ -278,6 +275,18 @@ class Ids:
         if bool((keys[1:] > keys[:-1]).all()):
             return Run(start, stop, None)
         return _run_of(start, keys.argsort())
+
+
+def _moved(run: Run, index: torch.Tensor) -> Run:
+    """Return a run of which the rows of index (rising) are left."""
+    bounds = torch.tensor([run.start, run.stop])
+    start, stop = torch.searchsorted(index, bounds).tolist()
+    if run.order is None:
+        return Run(start, stop, None)
+    place = torch.full((run.stop - run.start,), -1)
+    place[index[start:stop] - run.start] = torch.arange(stop - start)
+    moved = place[run.order.long()]
+    return _run_of(start, moved[moved >= 0])
 
 
 def _run_of(start: int, order: torch.Tensor) -> Run:

@@ -13,11 +13,13 @@ import torch
 from quantforge.errors import InputError
 from quantforge.vectordb import bulk, files
 from quantforge.vectordb.calibrate import Calibration, calibrate
-from quantforge.vectordb.checks import ids_of, nprobe_of, rows_of_bitmap, vectors_of
+from quantforge.vectordb.catalog import Catalog, named
+from quantforge.vectordb.checks import nprobe_of, vectors_of
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
 from quantforge.vectordb.learning import learn
 from quantforge.vectordb.rerank import Fetch
+from quantforge.vectordb.table import Metadata
 
 MAX_VECTORS = 1 << 32
 
@@ -46,7 +48,6 @@ class QuantizedIndex:
         self.dim = dim
         self.config = IndexConfig() if config is None else config
         self._core: Core | None = None
-        self._next_id = 0
 
     def __len__(self) -> int:
         return 0 if self._core is None else len(self._core.rows)
@@ -61,8 +62,8 @@ class QuantizedIndex:
 
     @property
     def ids(self) -> np.ndarray:
-        """Ids (n,) int64, in the order of rows, which bitmaps follow."""
-        return np.empty(0, np.int64) if self._core is None else self._core.rows.ids.numpy().copy()
+        """Ids (n,), int64 or strings, in the order of rows, which bitmaps follow."""
+        return self._catalog.ids.names(torch.arange(len(self)))
 
     @property
     def nlist(self) -> int:
@@ -99,26 +100,28 @@ class QuantizedIndex:
             nlist = self.config.lists_for(expected)
         self._core = self._learn(batches, nlist)
 
-    def add(self, vectors: Any, ids: Any = None) -> np.ndarray:
+    def add(self, vectors: Any, ids: Any = None, metadata: Metadata | None = None) -> np.ndarray:
         """Add vectors; an untrained index learns from them first.
 
         Args:
             vectors: (n, dim), numpy or torch.
-            ids: (n,) integers from 0, new to the index; numbered on from the greatest if None.
+            ids: (n,) integers from 0, or strings, new to the index; integers are numbered on from
+                the greatest if None. The first ones decide which kind there is.
+            metadata: values by column, each a sequence of n, or a list of n mappings: integers,
+                floats, bools, strings, or None where there is no value.
 
         Returns:
-            The ids, (n,) int64.
+            The ids, (n,) int64 or strings.
 
         Raises:
-            InputError: for vectors or ids that do not fit.
+            InputError: for vectors, ids or metadata that do not fit.
         """
         x = self._vectors(vectors)
-        parts, core = self._prepare(x, ids)
+        parts, core = self._prepare(x, ids, metadata)
         if core is not None:
             core.append(parts)
             self._core = core
-            self._next_id = max(self._next_id, int(parts["ids"].max()) + 1)
-        return parts["ids"].numpy()
+        return named(parts)
 
     def add_from(self, source: Any, ids: Any = None) -> int:
         """Add vectors from a file or iterable that may be larger than memory.
@@ -146,6 +149,7 @@ class QuantizedIndex:
         recall: float | None = None,
         ids: Any = None,
         bitmap: Any = None,
+        where: Any = None,
         rerank: int | None = None,
         fetch: Fetch | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -161,13 +165,15 @@ class QuantizedIndex:
             ids: only these may be found.
             bitmap: (ceil(n / 8),) uint8, bit `i % 8` of byte `i // 8` set where row i may be found
                 (`numpy.packbits(allowed, bitorder="little")`).
+            where: a filter over metadata, such as {"year": {"gte": 2020}, "lang": {"in": ["en"]}};
+                `quantforge.vectordb.where` says what there is.
             rerank: take this many by their codes, and the best of them by the vectors themselves:
                 those kept (`originals="float16"`) or fetched.
             fetch: a function of ids (m,) that returns vectors (m, dim), for rerank.
 
         Returns:
-            ids (q, k) int64 and scores (q, k) float32, best first. Where a filter leaves fewer
-            than k there are id -1 and score -inf (inf for distances).
+            ids (q, k), int64 or strings, and scores (q, k) float32, best first. Where a filter
+            leaves fewer than k there are id -1 (None) and score -inf (inf for distances).
 
         Raises:
             InputError: for input that does not fit, or k greater than the index.
@@ -179,16 +185,22 @@ class QuantizedIndex:
             raise InputError(f"rerank must be an integer of at least k={k}; got {rerank!r}")
         if rerank is not None and fetch is None and "originals" not in self._known.rows:
             raise InputError('rerank needs vectors: originals="float16" in the config, or fetch')
-        core, allowed = self._known, self._allowed(ids, bitmap)
+        core, allowed = self._known, self._catalog.allowed(ids, bitmap, where)
         count = k if rerank is None else min(rerank, len(self))
         scores, rows = core.best(query, count, allowed, self._nprobe(nprobe, recall))
         if rerank is not None:
             scores, rows = core.rerank(query, rows, k, self._fetching(fetch))
-        found = torch.where(rows >= 0, core.rows.ids[rows.clamp_min(0)], -1)
-        return found.numpy(), (-scores if self.config.metric == "l2" else scores).numpy()
+        found = core.catalog.ids.names(rows)
+        return found, (-scores if self.config.metric == "l2" else scores).numpy()
 
     def range_search(
-        self, queries: Any, threshold: float, *, ids: Any = None, bitmap: Any = None
+        self,
+        queries: Any,
+        threshold: float,
+        *,
+        ids: Any = None,
+        bitmap: Any = None,
+        where: Any = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find all vectors that score at least the threshold (l2: at most), in all lists.
 
@@ -197,18 +209,19 @@ class QuantizedIndex:
             threshold: a score.
             ids: only these may be found.
             bitmap: likewise, as for `search`.
+            where: likewise.
 
         Returns:
             limits (q + 1,), ids and scores: query i has those from limits[i] to limits[i + 1],
             in the order of rows.
         """
         query, sign = self._vectors(queries, "queries"), -1 if self.config.metric == "l2" else 1
-        allowed = self._allowed(ids, bitmap)
+        allowed = self._catalog.allowed(ids, bitmap, where)
         if not len(self):
             empty = np.empty(0, np.float32)
-            return np.zeros(len(query) + 1, np.int64), np.empty(0, np.int64), empty
+            return np.zeros(len(query) + 1, np.int64), self.ids, empty
         limits, rows, scores = self._known.above(query, sign * threshold, allowed)
-        return limits.numpy(), self._known.rows.ids[rows].numpy(), (sign * scores).numpy()
+        return limits.numpy(), self._catalog.ids.names(rows), (sign * scores).numpy()
 
     def standard_errors(self, queries: Any, ids: Any) -> np.ndarray:
         """Return the expected error (q, m) of the scores of queries with these vectors."""
@@ -234,13 +247,21 @@ class QuantizedIndex:
         if len(rows):
             self._known.remove(rows)
 
-    def update(self, ids: Any, vectors: Any) -> None:
-        """Replace vectors, (m, dim); those that go to another list get another row."""
-        x = self._vectors(vectors)
-        found = ids_of(ids, len(x))
-        rows = self._rows_of(found)
+    def update(self, ids: Any, vectors: Any, metadata: Metadata | None = None) -> None:
+        """Replace vectors, (m, dim); those that go to another list get another row.
+
+        Args:
+            ids: (m,) of vectors that are there.
+            vectors: (m, dim).
+            metadata: new values, as for `add`; columns that it does not name stay as they are.
+        """
+        rows, parts = self._prepare_update(ids, vectors, metadata)
         if len(rows):
-            self._known.replace(rows, self._known.prepare(x, found))
+            self._known.replace(rows, parts)
+
+    def metadata(self, ids: Any) -> list[dict[str, Any]]:
+        """Return what is known of vectors, one mapping each, without the columns they miss."""
+        return self._catalog.table.rows(self._rows_of(ids))
 
     def calibrate(
         self, recall: float = 0.95, k: int = 10, queries: Any = None, truth: Any = None
@@ -290,7 +311,7 @@ class QuantizedIndex:
         return copy.deepcopy(self)
 
     def memory_report(self) -> dict[str, int]:
-        """Return the bytes held, by part and in `total`; spare room of buffers is counted."""
+        """Return the bytes held, by part and in `total`."""
         report = {} if self._core is None else self._core.report()
         return {**report, "total": sum(report.values())}
 
@@ -321,11 +342,22 @@ class QuantizedIndex:
         dim, config, core = files.load(path)
         index = cls(dim, config)
         index._core = core
-        if len(index):
-            index._next_id = int(index._known.rows.ids.max()) + 1
         return index
 
     # ---- inside -----------------------------------------------------------------------------
+
+    @property
+    def _catalog(self) -> Catalog:
+        return Catalog.empty() if self._core is None else self._core.catalog
+
+    @property
+    def _next_id(self) -> int:
+        return self._catalog.ids.next_id
+
+    @_next_id.setter
+    def _next_id(self, value: int) -> None:
+        if self._core is not None:
+            self._core.catalog.ids.next_id = value
 
     @property
     def _known(self) -> Core:
@@ -335,21 +367,27 @@ class QuantizedIndex:
     def _vectors(self, x: Any, what: str = "vectors") -> torch.Tensor:
         return vectors_of(x, self.dim, unit_length=self.config.metric == "cosine", what=what)
 
-    def _prepare(self, x: torch.Tensor, ids: Any) -> tuple[dict[str, torch.Tensor], Core | None]:
+    def _prepare(
+        self, x: torch.Tensor, ids: Any, metadata: Metadata | None = None
+    ) -> tuple[dict[str, torch.Tensor], Core | None]:
         """Return new rows as they are stored, and where: an untrained index learns from them."""
-        if ids is None:
-            new = torch.arange(self._next_id, self._next_id + len(x))
-        else:
-            new = ids_of(ids, len(x))
-        if len(self) and bool((there := torch.isin(new, self._known.rows.ids)).any()):
-            taken = int(new[there][0])
-            raise InputError(f"id {taken} is in the index; use update([{taken}], ...)")
+        new = self._catalog.check(ids, metadata, len(x))
         if len(self) + len(x) > MAX_VECTORS:
             raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
         if not len(x):
-            return {"ids": new}, None
+            return new, None
         core = self._learn([x], None) if self._core is None else self._core
-        return core.prepare(x, new), core
+        return core.prepare(x, new["ids"]) | new, core
+
+    def _prepare_update(
+        self, ids: Any, vectors: Any, metadata: Metadata | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return rows that are there, and what replaces them."""
+        x = self._vectors(vectors)
+        rows = self._rows_of(ids, len(x))
+        keys = self._known.rows.ids[rows] if len(self) else torch.empty(0, dtype=torch.int64)
+        parts = self._known.prepare(x, keys) if len(x) else {"ids": keys}
+        return rows, parts | self._catalog.check_update(metadata, len(x))
 
     def _learn(self, batches: Iterable[Any], nlist: int | None) -> Core:
         checked = (self._vectors(batch) for batch in batches)
@@ -359,24 +397,8 @@ class QuantizedIndex:
         wanted = nprobe_of(nprobe, recall)
         return wanted if recall is None else self._known.partition.nprobe_for(recall)
 
-    def _rows_of(self, ids: Any) -> torch.Tensor:
-        wanted = ids_of(ids)
-        have = self._known.rows.ids if len(self) else torch.empty(0, dtype=torch.int64)
-        known = torch.isin(wanted, have)
-        if not bool(known.all()):
-            raise InputError(f"id {int(wanted[~known][0])} is not in the index")
-        ordered, order = have.sort()
-        return order[torch.searchsorted(ordered, wanted)]
-
-    def _allowed(self, ids: Any, bitmap: Any) -> torch.Tensor | None:
-        """Return the rows that may be found, rising, or None for all."""
-        if ids is None and bitmap is None:
-            return None
-        if ids is not None and bitmap is not None:
-            raise InputError("give a filter as ids or as bitmap, not both")
-        if ids is not None:
-            return self._rows_of(ids).sort().values
-        return rows_of_bitmap(bitmap, len(self))
+    def _rows_of(self, ids: Any, n: int | None = None) -> torch.Tensor:
+        return self._catalog.ids.rows_of(ids, n)
 
     def _fetching(self, fetch: Fetch | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Return what fetches checked vectors by rows."""
@@ -384,7 +406,7 @@ class QuantizedIndex:
             return None
 
         def by_rows(rows: torch.Tensor) -> torch.Tensor:
-            x = self._vectors(fetch(self._known.rows.ids[rows].numpy()), "fetched vectors")
+            x = self._vectors(fetch(self._catalog.ids.names(rows)), "fetched vectors")
             if len(x) != len(rows):
                 raise InputError(f"fetch was given {len(rows)} ids and returned {len(x)}")
             return x

@@ -243,7 +243,7 @@ class Table:
         return cls(columns, n)
 
 
-def _by_column(rows: Sequence[Mapping[str, Any]], n: int) -> dict[str, list[Any]]:
+def _by_column(rows: Any, n: int) -> dict[str, list[Any]]:
     if isinstance(rows, str) or not isinstance(rows, Sequence) or len(rows) != n:
         raise InputError(
             f"metadata must be one mapping for each of the {n} vectors, or a mapping from column "
