@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -219,8 +219,13 @@ def test_manifests_that_are_refused(tmp_path: Path) -> None:
 
 def test_leftovers_are_ours_alone(tmp_path: Path) -> None:
     keep = [MANIFEST.base, MANIFEST.log, "manifest.json", "lock", "notes.txt", "base.txt"]
-    drop = ["log-00000001", "base-00000003.safetensors", ".log-00000003.1234abcd.tmp",
-            ".manifest.json.1234abcd.tmp", "base-00000003-1a2b-00001-of-00002.safetensors"]  # fmt: skip
+    drop = [
+        "log-00000001",
+        "base-00000003.safetensors",
+        ".log-00000003.1234abcd.tmp",
+        ".manifest.json.1234abcd.tmp",
+        "base-00000003-1a2b-00001-of-00002.safetensors",
+    ]
     for name in keep + drop:
         (tmp_path / name).touch()
     assert sorted(path.name for path in leftovers(tmp_path, MANIFEST)) == sorted(drop)
@@ -234,38 +239,45 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     WriterLock(tmp_path / "lock").release()
 
 
-def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+@contextmanager
+def forked(run: Callable[[], bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the process id of a fork and what `run` returned in it; it lives until the end."""
     ready, hold = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
+        try:
+            os.write(ready[1], run())
+            os.read(hold[0], 1)
+        finally:
+            os._exit(0)
+    try:
+        yield child, os.read(ready[0], 1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for end in (*ready, *hold):
+            os.close(end)
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    kept = []
+
+    def take() -> bytes:
+        kept.append(WriterLock(tmp_path / "lock"))
+        return b"x"
+
+    with (
+        forked(take) as (child, _),
+        pytest.raises(InputError, match=f"open for writing in process {child}"),
+    ):
         WriterLock(tmp_path / "lock")
-        os.write(ready[1], b"x")
-        os.read(hold[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    with pytest.raises(InputError, match=f"in process {child}"):
-        WriterLock(tmp_path / "lock")
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
     WriterLock(tmp_path / "lock").release()
-    for end in (*ready, *hold):
-        os.close(end)
 
 
 def test_a_fork_does_not_hold_the_lock(tmp_path: Path) -> None:
     lock = WriterLock(tmp_path / "lock")
-    ready, hold = os.pipe(), os.pipe()
-    child = os.fork()
-    if not child:
-        os.write(ready[1], b"0" if lock.is_held else b"1")
-        os.read(hold[0], 1)
-        os._exit(0)
-    try:
-        assert os.read(ready[0], 1) == b"1"
+    with forked(lambda: b"0" if lock.is_held else b"1") as (_, said):
+        assert said == b"1"
         lock.release()
         WriterLock(tmp_path / "lock").release()
-    finally:
-        os.write(hold[1], b"x")
-        os.waitpid(child, 0)
-        for end in (*ready, *hold):
-            os.close(end)

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from quantforge.errors import FormatError
-from quantforge.vectordb.checks import ids_of
 from quantforge.vectordb.index import QuantizedIndex
+from quantforge.vectordb.table import Metadata
 
 Kind = Literal["add", "update", "remove"]
 
@@ -33,32 +33,30 @@ class Change:
 
     Attributes:
         kind: what is done with the rows.
-        parts: tensors by name, as the index holds them; `ids` is always there.
+        parts: tensors by name, as the index takes them in; `ids` (keys of string ids) is always
+            there.
     """
 
     kind: Kind
     parts: dict[str, torch.Tensor]
 
 
-def added(index: QuantizedIndex, vectors: Any, ids: Any) -> Change:
+def added(index: QuantizedIndex, vectors: Any, ids: Any, metadata: Metadata | None) -> Change:
     """Return what `index.add` would do; raises what it raises, and changes nothing."""
-    parts, _ = index._prepare(index._vectors(vectors), ids)
+    parts, _ = index._prepare(index._vectors(vectors), ids, metadata)
     return Change("add", parts)
 
 
-def updated(index: QuantizedIndex, ids: Any, vectors: Any) -> Change:
+def updated(index: QuantizedIndex, ids: Any, vectors: Any, metadata: Metadata | None) -> Change:
     """Return what `index.update` would do; raises what it raises, and changes nothing."""
-    x = index._vectors(vectors)
-    found = ids_of(ids, len(x))
-    index._rows_of(found)
-    return Change("update", index._known.prepare(x, found) if len(x) else {"ids": found})
+    _, parts = index._prepare_update(ids, vectors, metadata)
+    return Change("update", parts)
 
 
 def removed(index: QuantizedIndex, ids: Any) -> Change:
     """Return what `index.remove_ids` would do; raises what it raises, and changes nothing."""
-    found = ids_of(ids)
-    index._rows_of(found)
-    return Change("remove", {"ids": found})
+    rows = index._rows_of(ids)
+    return Change("remove", {"ids": index._known.rows.ids[rows] if len(rows) else rows})
 
 
 def apply(index: QuantizedIndex, change: Change) -> None:
@@ -69,11 +67,10 @@ def apply(index: QuantizedIndex, change: Change) -> None:
     core = index._known
     if change.kind == "add":
         core.append(change.parts)
-        index._next_id = max(index._next_id, int(ids.max()) + 1)
     elif change.kind == "update":
-        core.replace(index._rows_of(ids), change.parts)
+        core.replace(core.catalog.ids._rows_of_keys(ids), change.parts)
     else:
-        core.remove(index._rows_of(ids))
+        core.remove(core.catalog.ids._rows_of_keys(ids))
 
 
 def encode(changes: Sequence[Change]) -> bytes:

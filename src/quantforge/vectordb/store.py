@@ -11,6 +11,7 @@ to both at once, and the old files go afterwards. Whoever has them mapped may go
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,12 +26,16 @@ import numpy as np
 from quantforge.errors import FormatError, InputError
 from quantforge.io.atomic import sync_folder
 from quantforge.vectordb import changes, manifest
+from quantforge.vectordb.catalog import named
 from quantforge.vectordb.changes import Change
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.index import QuantizedIndex
 from quantforge.vectordb.lock import WriterLock
 from quantforge.vectordb.log import Log
 from quantforge.vectordb.manifest import Manifest
+from quantforge.vectordb.table import Metadata
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -42,6 +47,9 @@ class State:
     manifest: Manifest
     index: QuantizedIndex
     log: Log
+
+    def __post_init__(self) -> None:
+        self.known = self.index._core
 
     def replay(self) -> bool:
         """Take in the commits of the log that are new; return whether there were any."""
@@ -182,23 +190,24 @@ class IndexStore:
         with self._guard:
             self._learn(lambda index: index.train(batches))
 
-    def add(self, vectors: Any, ids: Any = None, **parts: Any) -> np.ndarray:
+    def add(self, vectors: Any, ids: Any = None, metadata: Metadata | None = None) -> np.ndarray:
         """Add vectors, as `QuantizedIndex.add`.
 
         Returns:
-            The ids, (n,).
+            The ids, (n,) int64 or strings.
         """
         with self._guard:
-            if not self._writable().index.is_trained:
-                return self._learn(lambda index: index.add(vectors, ids, **parts))
-            change = changes.added(self._writable().index, vectors, ids, **parts)
+            index = self._writable().index
+            if not index.is_trained:
+                return self._learn(lambda index: index.add(vectors, ids, metadata))
+            change = changes.added(index, vectors, ids, metadata)
             self._commit(change)
-            return change.parts["ids"].numpy()
+            return named(change.parts)
 
-    def update(self, ids: Any, vectors: Any) -> None:
+    def update(self, ids: Any, vectors: Any, metadata: Metadata | None = None) -> None:
         """Replace vectors, as `QuantizedIndex.update`."""
         with self._guard:
-            self._commit(changes.updated(self._writable().index, ids, vectors))
+            self._commit(changes.updated(self._writable().index, ids, vectors, metadata))
 
     def remove_ids(self, ids: Any) -> None:
         """Remove vectors, as `QuantizedIndex.remove_ids`."""
@@ -315,12 +324,29 @@ class IndexStore:
 
     def _commit(self, change: Change) -> None:
         state = self._writable()
+        if state.index._core is not state.known:
+            raise InputError("the index was trained or rebuilt directly; compact() keeps that")
+        if not len(change.parts["ids"]):
+            return
+        lists = state.index.nlist
         if self._batch is None:
             state.log.append(changes.encode([change]))
         else:
             self._batch.append(change)
         with self._forgetting():
             changes.apply(state.index, change)
+        if state.index.nlist != lists:
+            self._keep_lists()
+
+    def _keep_lists(self) -> None:
+        """Write a base where lists were made: they would be made again whenever it is opened."""
+        if self._batch is not None:
+            self._learned = True
+            return
+        try:
+            self.compact()
+        except OSError:
+            logger.exception("%s: the change is kept, its new lists are not", self._folder)
 
     def _learn(self, call: Callable[[QuantizedIndex], Result]) -> Result:
         """Change what is known of the data, which only a new base can hold."""
@@ -332,7 +358,7 @@ class IndexStore:
         if self._batch is None:
             self._write_base(index, state.manifest.generation + 1)
         else:
-            state.index, self._learned = index, True
+            state.index, state.known, self._learned = index, index._core, True
         return result
 
     def _write_base(self, index: QuantizedIndex, generation: int) -> None:
