@@ -13,7 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from quantforge.cli import search as search_module
 from quantforge.cli import shelf
@@ -213,3 +215,37 @@ def test_a_reader_that_leaves_early(folder: Path, run: Run) -> None:
     done = subprocess.run(call, shell=True, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.count("\n") == 1
     assert not done.stderr
+
+
+@BOTH
+def test_string_ids_and_metadata(
+    folder: Path, run: Run, fail: Run, run_json: Callable[..., Any], name: str
+) -> None:
+    words = [f"doc {i}" for i in range(600)]
+    Path("ids.txt").write_text("\n".join(words))
+    rows = [{"year": 2000 + i % 20, "lang": "de" if i % 3 else "en"} for i in range(600)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run("index", "build", "data.npy", name, "--ids", "ids.txt", "--metadata", "rows.jsonl")
+    found = lines(run("search", name, "queries.npy", "-k", "2"))
+    assert [row[2] for row in found[::2]] == words[:5]
+    where = '{"year": {"gte": 2010}, "lang": "en"}'
+    for row in run("search", name, "queries.npy", "--where", where, "--json").splitlines():
+        hits = [words.index(word) for word in json.loads(row)["ids"]]
+        assert len(hits) == 10
+        assert all(rows[i]["year"] >= 2010 and rows[i]["lang"] == "en" for i in hits)
+    run("search", name, "queries.npy", "--where", '{"year": 1999}', "-k", "1", "-o", "none.npz")
+    assert np.load("none.npz")["ids"].tolist() == [[""]] * 5
+    table = pa.table({"year": [1999] * 5, "lang": ["fr"] * 5, "x": [[1.0]] * 5})
+    parquet.write_table(table, "rows.parquet")
+    np.save("ids.npy", np.array(["a", "b", "c", "d", "e"]))
+    run("index", "add", name, "queries.npy", "--ids", "ids.npy", "--metadata", "rows.parquet")
+    found = lines(run("search", name, "queries.npy", "-k", "1", "--where", '{"year": 1999}'))
+    assert [row[2] for row in found] == ["a", "b", "c", "d", "e"]
+    assert run_json("index", "remove", name, "a", "doc 1")["vectors"] == 603
+    assert "int" in fail("index", "remove", name, "7")
+    Path("rows.jsonl").write_text('{"year": 1}\n[]\n')
+    message = fail("index", "add", name, "queries.npy", "--metadata", "rows.jsonl")
+    assert "line 2 must be a JSON object" in message
+    Path("rows.jsonl").write_text('{"year": 1}\n')
+    message = fail("index", "add", name, "queries.npy", "--metadata", "rows.jsonl")
+    assert "1 lines of metadata for 5 vectors" in message

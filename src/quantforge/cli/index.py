@@ -66,6 +66,8 @@ def _declare_vectors(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     parser.add_argument("--ids", type=Path, metavar="FILE",
                         help=".npy, or text with one id a line (default: numbers)")  # fmt: skip
+    parser.add_argument("--metadata", type=Path, metavar="FILE",
+                        help="a JSON object a line, or .parquet, .arrow")  # fmt: skip
 
 
 def _declare_build(parser: argparse.ArgumentParser) -> None:
@@ -87,13 +89,12 @@ def _declare_build(parser: argparse.ArgumentParser) -> None:
 
 def build(args: argparse.Namespace) -> int:
     """Make an index from a file of vectors."""
-    from quantforge.cli.shelf import add_all, creating, read_ids
+    from quantforge.cli.shelf import add_all, creating
     from quantforge.inputs import open_vectors
     from quantforge.vectordb import QuantizedIndex
 
     check_new(args.index, args.force)
-    config = _config(args)
-    ids = None if args.ids is None else read_ids(args.ids)
+    config, labels = _config(args), _labels(args)
     array = open_vectors(args.input, name=args.name)
     start = time.perf_counter()
     index = QuantizedIndex(int(array.shape[-1]), config)
@@ -101,8 +102,18 @@ def build(args: argparse.Namespace) -> int:
         LOG.debug("learning from at most %d vectors", args.train_rows)
         index.train(_training(array, args.train_rows), expected=len(array))
     with creating(args.index, index) as kept:
-        add_all(kept, array, ids, what="index")
+        add_all(kept, array, *labels, what="index")
     return _report(args, {"added": len(array), "seconds": time.perf_counter() - start})
+
+
+def _labels(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]] | None]:
+    """Return the ids and the metadata that go with the vectors."""
+    from quantforge.cli.labels import read_ids, read_metadata
+
+    return (
+        None if args.ids is None else read_ids(args.ids),
+        None if args.metadata is None else read_metadata(args.metadata),
+    )
 
 
 def _config(args: argparse.Namespace) -> IndexConfig:
@@ -129,13 +140,12 @@ def _declare_add(parser: argparse.ArgumentParser) -> None:
 
 def add(args: argparse.Namespace) -> int:
     """Add the vectors of a file to an index."""
-    from quantforge.cli.shelf import add_all, changing, read_ids
+    from quantforge.cli.shelf import add_all, changing
     from quantforge.inputs import open_vectors
 
-    ids = None if args.ids is None else read_ids(args.ids)
-    start = time.perf_counter()
+    labels, start = _labels(args), time.perf_counter()
     with changing(args.index) as index:
-        count = add_all(index, open_vectors(args.input, name=args.name), ids, what="add")
+        count = add_all(index, open_vectors(args.input, name=args.name), *labels, what="add")
     return _report(args, {"added": count, "seconds": time.perf_counter() - start})
 
 
@@ -148,7 +158,8 @@ def _declare_remove(parser: argparse.ArgumentParser) -> None:
 
 def remove(args: argparse.Namespace) -> int:
     """Remove vectors from an index."""
-    from quantforge.cli.shelf import changing, parse_ids, read_ids
+    from quantforge.cli.labels import parse_ids, read_ids
+    from quantforge.cli.shelf import changing
 
     if bool(args.ids) == (args.ids_from is not None):
         raise CommandError("name the vectors to remove either as IDs or by --ids-from")

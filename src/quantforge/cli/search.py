@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="take M by codes, the best of them by the vectors kept")  # fmt: skip
     parser.add_argument("--nprobe", type=whole(1), help="lists to look into")
     parser.add_argument("--recall", type=share, help="look into lists that reach this share")
-    parser.add_argument("--where", type=_json, metavar="JSON", help="condition on metadata")
+    parser.add_argument("--where", type=_json, metavar="JSON",
+                        help='filter on metadata, {"year": {"gte": 2020}}')  # fmt: skip
     parser.add_argument("-o", "--output", type=path_ending_in(".npz"),
                         help="write ids and scores there instead")  # fmt: skip
     add_compute(parser, seed=False)
@@ -58,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _json(text: str) -> Any:
     import json
 
-    return json.loads(text)  # its error is a ValueError, which argparse reports
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"must be JSON: {error}") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,6 +144,8 @@ def _save(path: Path, results: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> 
 
     found = list(results)
     ids = np.concatenate([part[1] for part in found])
+    if ids.dtype == object:  # strings; None where a filter left too few
+        ids = np.where(ids == None, "", ids).astype(str)  # noqa: E711
     scores = np.concatenate([part[2] for part in found])
     with replacing(path) as file:
         np.savez(file, ids=ids, scores=scores)

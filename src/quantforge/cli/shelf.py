@@ -9,8 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from quantforge.cli.common import CommandError
 from quantforge.errors import FormatError
 
@@ -126,47 +124,27 @@ def _check_there(path: Path) -> None:
         raise CommandError(f"there is no index at {path}; make one with quantforge index build")
 
 
-def add_all(index: Changeable, array: Any, ids: Any, *, what: str) -> int:
+def add_all(
+    index: Changeable, array: Any, ids: Any, metadata: list[Any] | None, *, what: str
+) -> int:
     """Add vectors (n, dim) a few at a time; return how many.
 
     Raises:
-        CommandError: for another number of ids than of vectors.
+        CommandError: for another number of ids or metadata than of vectors.
     """
     from quantforge.arrays import progress_bar
 
     count, step = len(array), max(1, STEP_NUMBERS // int(array.shape[-1]))
-    if ids is not None and len(ids) != count:
-        raise CommandError(f"there are {len(ids)} ids for {count} vectors")
+    for name, given in (("ids", ids), ("lines of metadata", metadata)):
+        if given is not None and len(given) != count:
+            raise CommandError(f"there are {len(given)} {name} for {count} vectors")
     with progress_bar(what, count, None) as advance:
         for start in range(0, count, step):
             rows = slice(start, start + step)
-            x = array[rows]
-            index.add(x, None if ids is None else ids[rows])
+            x, parts = array[rows], {} if metadata is None else {"metadata": metadata[rows]}
+            index.add(x, None if ids is None else ids[rows], **parts)
             advance(len(x))
     return count
-
-
-def read_ids(path: Path) -> Any:
-    """Read ids: a .npy file, or text with one on each line, integers if all are.
-
-    Raises:
-        CommandError: for an empty line.
-    """
-    if path.suffix == ".npy":
-        from quantforge.arrays import open_npy
-
-        return np.asarray(open_npy(path))
-    return parse_ids(path.read_text("utf-8").splitlines(), str(path))
-
-
-def parse_ids(words: list[str], where: str) -> Any:
-    """Return integers if all words are, else the words."""
-    words = [word.strip() for word in words]
-    if "" in words:
-        raise CommandError(f"{where}: line {words.index('') + 1} is empty; it must hold an id")
-    if all(word.isascii() and word.removeprefix("-").isdigit() for word in words):
-        return np.array([int(word) for word in words], np.int64)
-    return words
 
 
 def stats(path: str | PathLike[str]) -> dict[str, Any]:

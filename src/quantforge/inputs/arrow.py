@@ -55,6 +55,33 @@ def arrow_entries(path: Path) -> dict[str, Entry]:
         return _entries(path, schema, count, batches)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a Parquet or Arrow file, without columns of lists and other nested ones.
+
+    Raises:
+        FormatError: if it is damaged.
+        UnsupportedError: if pyarrow is not installed.
+    """
+    pyarrow = _pyarrow(path)
+    from pyarrow import parquet
+
+    with _readable(path):
+        if path.suffix.lower() == ".parquet":
+            names = _flat(parquet.read_schema(path))
+            table = parquet.read_table(path, columns=names, partitioning=None)
+        else:
+            with pyarrow.memory_map(str(path)) as source:
+                table = _reader(source).read_all()
+                table = table.select(_flat(table.schema))
+        return table.to_pylist()
+
+
+def _flat(schema: Any) -> list[str]:
+    from pyarrow import types
+
+    return [field.name for field in schema if not types.is_nested(field.type)]
+
+
 def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
