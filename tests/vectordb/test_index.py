@@ -57,16 +57,21 @@ def test_adapted_finds_more_where_there_is_something_to_know() -> None:
     assert found["adapted"] > found["centred"] + 0.05  # .92 and .83
 
 
-def test_adapted_is_never_below_centred_on_isotropic_data() -> None:
+@pytest.mark.parametrize("dim", [64, 384])
+def test_adapted_is_never_below_centred_on_isotropic_data(dim: int, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
-    x, q = torch.randn(4000, DIM, generator=generator), torch.randn(200, DIM, generator=generator)
+    x, q = torch.randn(2000, dim, generator=generator), torch.randn(100, dim, generator=generator)
     truth = exact("ip", x, q).topk(10).indices
     found = {}
     for mode in ("centred", "adapted"):
-        index = QuantizedIndex(DIM, IndexConfig(mode=mode, bits=2))
+        index = QuantizedIndex(dim, IndexConfig(mode=mode, bits=2))
         index.add(x)
         found[mode] = recall(torch.from_numpy(index.search(q, 10)[0]), truth)
-    assert found["adapted"] > found["centred"] - 0.015  # 2000 neighbours: one sigma is .011
+    assert found["adapted"] >= found["centred"]
+    index.save(tmp_path / "index")
+    loaded = QuantizedIndex.load(tmp_path / "index")
+    some = [i.standard_errors(q, [1, 2]) for i in (index, loaded)]
+    np.testing.assert_array_equal(*some)
 
 
 def test_batches_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +198,7 @@ def test_files_of_format_1_load(kind: str) -> None:
     ids, scores = index.search(golden["queries"], 10)
     expected = golden[f"{kind}_scores"]
     np.testing.assert_array_equal(ids[:, 0], golden[f"{kind}_ids"][:, 0])
-    np.testing.assert_allclose(scores, expected, atol=2e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(scores, expected, atol=1e-2 * np.abs(expected).max())
 
 
 def test_empty_indexes_are_saved_too(tmp_path: Path) -> None:

@@ -317,6 +317,19 @@ def decode(code: VectorCode, encoded: EncodedVectors, centre: F64 | None = None)
     return (code.mean if centre is None else centre) + c @ code.dual
 
 
+def product_error(code: VectorCode, r: F64) -> float:
+    """Return the mean square error of products of some residuals with the others, (n, dim)."""
+    asked = _asked(len(r))
+    _, scales, u, c = _encode(code, r[asked:])
+    lost = u - scales.astype(np.float64)[:, None] * c
+    return float(np.square(r[:asked] @ code.dual.T @ lost.T).mean()) if asked else 0.0
+
+
+def _asked(n: int) -> int:
+    """Return how many of a sample stand in for queries."""
+    return min(ERROR_QUERIES, n // 2)
+
+
 def with_measured_errors(code: VectorCode, mode: Mode, seed: int, r: F64) -> VectorCode:
     """Return a code whose errors are those of a sample of residuals (n, dim).
 
@@ -343,7 +356,7 @@ def with_measured_errors(code: VectorCode, mode: Mode, seed: int, r: F64) -> Vec
         ratio = np.divide(wanted, now, out=np.ones_like(now), where=now > 0)
         errors = errors * np.clip(ratio, 0.25, 4)
     found = replace(code, errors=errors)
-    asked = len(r) // 2 if len(r) < 2 * ERROR_QUERIES else ERROR_QUERIES
+    asked = _asked(len(r))
     if asked:
         rest = EncodedVectors(codes[asked:], scales[asked:], np.zeros(len(r) - asked))
         expected = np.square(standard_errors(found, mode, seed, rest, r[:asked] + code.mean)).mean()

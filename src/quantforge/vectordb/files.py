@@ -24,8 +24,14 @@ LEARNED = ("mean", "equalizer", "basis", "step", "weights", "bits", "errors")
 LISTS = ("centroids", "curve", "starts", "tail")
 
 
-def save(path: str | PathLike[str], dim: int, config: IndexConfig, core: Core | None) -> None:
-    """Write an index; the file takes the place of an old one whole."""
+def save(
+    path: str | PathLike[str],
+    dim: int,
+    config: IndexConfig,
+    core: Core | None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write an index; the file, or shards, take the place of an old one whole."""
     header = {"format": FORMAT, "dim": dim, "config": config.to_dict(), "learned": core is not None}
     tensors = {}
     if core is not None:
@@ -34,12 +40,14 @@ def save(path: str | PathLike[str], dim: int, config: IndexConfig, core: Core | 
         names = LEARNED if config.mode != "oblivious" else ("errors",)
         tensors |= {name: torch.from_numpy(np.array(getattr(code, name))) for name in names}
         header |= {"coded": core.partition.coded, "nprobe": core.partition.nprobe}
+        header["mode"] = core.codec.mode
         lists = {"starts": core.lists.starts, "tail": core.lists.tail}
         lists |= {"centroids": core.partition.centroids, "curve": core.partition.curve}
         tensors |= {f"lists.{name}": lists[name] for name in LISTS}
         tensors |= core.catalog.tensors()
         header["catalog"] = core.catalog.settings()
-    save_file(tensors, path, metadata={"index": json.dumps(header)})
+    metadata = {"index": json.dumps(header)}
+    save_file(tensors, path, metadata=metadata, max_shard_size=max_shard_size)
 
 
 def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
@@ -85,7 +93,8 @@ def _core_of(file: QuantFile, dim: int, config: IndexConfig, header: dict[str, A
         code = VectorCode(**learned)
     centres = partition.centroids if partition.coded else None
     squared = config.metric == "l2"
-    codec = Codec(code, config.mode, config.seed, squared=squared, centres=centres)
+    mode = header.get("mode", config.mode)
+    codec = Codec(code, mode, config.seed, squared=squared, centres=centres)
     groups = [f"packed{i}" for i in range(len(codec.groups))]
     names = [*groups, "scales", "offsets", "ids"]
     names += ["originals"] if config.originals != "none" else []

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quantforge.errors import InputError
 from quantforge.numerics import vectors
-from quantforge.numerics.vectors import VectorCode
+from quantforge.numerics.vectors import Mode, Moments, VectorCode
 from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.config import IndexConfig, Metric
 from quantforge.vectordb.kmeans import learn_centroids
@@ -36,12 +38,14 @@ def learn(
     Raises:
         InputError: for too few vectors.
     """
-    mode, bits, seed = config.mode, config.bits, config.seed
+    mode: Mode = config.mode
+    bits, seed = config.bits, config.seed
     squared = config.metric == "l2"
     if mode == "oblivious":
         code = vectors.oblivious(dim, bits, seed)
         sample = next((batch for batch in batches if len(batch)), torch.empty(0, dim))
-        code = _with_errors(code, config, sample)  # which do not change the codes
+        if len(sample):  # errors do not change the codes
+            code = vectors.with_measured_errors(code, mode, seed, _some(sample))
         return Codec(code, mode, seed, squared=squared), Partition.single(dim)
     passing = Passing(dim, seed=seed).see(batches)
     moments, sample = passing.moments, passing.sample
@@ -49,13 +53,12 @@ def learn(
     if len(sample) < nlist:
         raise InputError(f"{nlist} lists are learned from as many vectors; got {len(sample)}")
     if nlist == 1:
-        code = vectors.learn(mode, moments, bits, seed)
-        code = _with_errors(code, config, sample - torch.from_numpy(code.mean).float())
+        code, mode = _learn_code(config, moments, sample - torch.from_numpy(moments.mean).float())
         return Codec(code, mode, seed, squared=squared), Partition.single(dim)
     partition = learn_partition(config, sample, nlist, coded=True)
     rest = sample - partition.centroids[partition.nearest(sample)]
-    code = vectors.learn(mode, measure([rest], dim), bits, seed)
-    code = dataclasses.replace(_with_errors(code, config, rest), mean=moments.mean)
+    code, mode = _learn_code(config, measure([rest], dim), rest)
+    code = dataclasses.replace(code, mean=moments.mean)
     return Codec(code, mode, seed, squared=squared, centres=partition.centroids), partition
 
 
@@ -102,9 +105,23 @@ def curve_of(
     return seen.to(torch.float32) / max(1, len(rank))
 
 
-def _with_errors(code: VectorCode, config: IndexConfig, rest: torch.Tensor) -> VectorCode:
-    if not len(rest):
-        return code
-    step = max(1, len(rest) // ERROR_ROWS)
-    sample = rest[::step][:ERROR_ROWS].double().numpy()
-    return vectors.with_measured_errors(code, config.mode, config.seed, sample)
+def _learn_code(
+    config: IndexConfig, moments: Moments, rest: torch.Tensor
+) -> tuple[VectorCode, Mode]:
+    """Return the code of residuals (n, dim) with its errors, and its mode.
+
+    Where knowing directions does not pay, as with isotropic data whose directions are those of the
+    sample only, or at 8 bits, which no direction can have more of, it is the centred one.
+    """
+    mode, sample = config.mode, _some(rest)
+    code = vectors.learn(mode, moments, config.bits, config.seed)
+    if mode == "adapted":
+        plain = vectors.learn("centred", moments, config.bits, config.seed)
+        if vectors.product_error(plain, sample) < vectors.product_error(code, sample):
+            code, mode = plain, "centred"
+    return vectors.with_measured_errors(code, mode, config.seed, sample), mode
+
+
+def _some(x: torch.Tensor) -> NDArray[np.float64]:
+    step = max(1, len(x) // ERROR_ROWS)
+    return x[::step][:ERROR_ROWS].double().cpu().numpy()
