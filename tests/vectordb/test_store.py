@@ -94,6 +94,24 @@ def test_lists_made_by_growth_are_kept(tmp_path: Path, monkeypatch: pytest.Monke
         same(store.index, expected)
 
 
+def test_a_base_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantforge.vectordb.store.SHARD_BYTES", 4000)
+    with IndexStore.create(tmp_path, DIM) as store:
+        store.add(X)
+        files = sorted(tmp_path.glob("base-*"))
+        assert len(files) > 3
+        store.add(X[:10])
+        store.compact()
+        assert not [path for path in files if path.exists()]
+        expected = store.index.copy()
+    with IndexStore.open(tmp_path) as store:
+        same(store.index, expected)
+        store.verify()
+    next(tmp_path.glob("base-*-00002-of-*")).unlink()
+    with pytest.raises(FormatError, match="-00002-of-.* is missing"):
+        IndexStore.open(tmp_path)
+
+
 def test_an_empty_store_and_training(tmp_path: Path) -> None:
     with IndexStore.create(tmp_path / "a", DIM) as store:
         assert len(store) == len(store.add(X[:0])) == 0
@@ -435,6 +453,7 @@ def test_a_full_disk_is_named_and_changes_nothing(tmp_path: Path) -> None:
         same(store.index, expected)
     with files_of_at_most(200), pytest.raises(OSError, match="could not be written"):
         IndexStore.create_from(tmp_path / "new", expected)
+    assert os.listdir(tmp_path / "new") == ["lock"]
     with IndexStore.create_from(tmp_path / "new", expected) as store:
         same(store.index, expected)
 

@@ -20,12 +20,12 @@ from quantforge.vectordb.manifest import Checksum, Manifest, checksum, leftovers
 
 PAYLOADS = [b"first", b"", b"third" * 9]
 MANIFEST = Manifest(2, "base-00000002.safetensors", {"base-00000002.safetensors": Checksum(3, 9)},
-                    "log-00000002")  # fmt: skip
+                    "log-00000002.qf")  # fmt: skip
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    path = tmp_path / "log-00000001"
+    path = tmp_path / "log-00000001.qf"
     Log.create(path)
     with Log(path, writable=True) as log:
         for payload in PAYLOADS:
@@ -105,7 +105,7 @@ def test_every_flipped_byte_is_found(path: Path) -> None:
 
 
 def test_records_of_another_log_do_not_count(path: Path) -> None:
-    other = path.with_name("log-00000002")
+    other = path.with_name("log-00000002.qf")
     Log.create(other)
     with Log(other, writable=True) as log:
         log.append(b"foreign")
@@ -175,7 +175,7 @@ def test_files_that_are_no_log(path: Path) -> None:
         with pytest.raises(FormatError, match=message):
             read(path)
     path.unlink()
-    with pytest.raises(FormatError, match="log-00000001 is missing"):
+    with pytest.raises(FormatError, match="log-00000001.qf is missing"):
         read(path)
 
 
@@ -212,19 +212,20 @@ def test_manifests_that_are_refused(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(FormatError, match=message):
             Manifest.read(tmp_path)
-    Manifest(2, "../x", {}, "log-00000002").write(tmp_path)
+    Manifest(2, "../x", {}, "log-00000002.qf").write(tmp_path)
     with pytest.raises(FormatError, match="names the file"):
         Manifest.read(tmp_path)
 
 
 def test_leftovers_are_ours_alone(tmp_path: Path) -> None:
-    keep = [MANIFEST.base, MANIFEST.log, "manifest.json", "lock", "notes.txt", "base.txt"]
+    keep = [MANIFEST.base, MANIFEST.log, "manifest.json", "lock", "notes.txt", "log-20261124"]
     drop = [
-        "log-00000001",
+        "log-00000001.qf",
         "base-00000003.safetensors",
-        ".log-00000003.1234abcd.tmp",
+        ".log-00000003.qf.1234abcd.tmp",
         ".manifest.json.1234abcd.tmp",
-        "base-00000003-1a2b-00001-of-00002.safetensors",
+        "base-00000003-1a2b3c4d-00001-of-00002.safetensors",
+        "base-00000003.safetensors.index.json",
     ]
     for name in keep + drop:
         (tmp_path / name).touch()

@@ -328,9 +328,14 @@ class QuantizedIndex:
             raise InputError("the index has no lists: it has learned nothing yet")
         return self._core.list_report()
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, which takes the place of an old one whole."""
-        files.save(path, self.dim, self.config, self._core)
+    def save(self, path: str | PathLike[str], *, max_shard_size: int | str | None = None) -> None:
+        """Write one safetensors file, or shards, which take the place of an old one whole.
+
+        Args:
+            path: of the file.
+            max_shard_size: as for `save_file`: what is beyond it goes to further files.
+        """
+        files.save(path, self.dim, self.config, self._core, max_shard_size)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> QuantizedIndex:

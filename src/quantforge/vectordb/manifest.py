@@ -2,7 +2,7 @@
 
     {"quantforge_store": 1, "generation": 3, "base": "base-00000003.safetensors",
      "files": {"base-00000003.safetensors": {"bytes": 4096, "crc32": 305419896}},
-     "log": "log-00000003", "crc32": 2271560481}
+     "log": "log-00000003.qf", "crc32": 2271560481}
 
 The last entry is the checksum of the others (as JSON with sorted keys and no spaces). Replacing
 this file is the one step that puts other files in their place.
@@ -24,7 +24,9 @@ from quantforge.io.atomic import replacing
 VERSION = 1
 NAME = "manifest.json"
 PIECE = 1 << 22
-_FILE_NAME = re.compile(r"(base|log)-\d{8}[\w.-]*")
+_FILE_NAME = re.compile(
+    r"base-\d{8}(-[0-9a-f]{8}-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|log-\d{8}\.qf"
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def base_name(generation: int) -> str:
 
 def log_name(generation: int) -> str:
     """Return the name of the log of a generation."""
-    return f"log-{generation:08d}"
+    return f"log-{generation:08d}.qf"
 
 
 def files_of(folder: Path, generation: int) -> list[Path]:
@@ -151,11 +153,8 @@ def files_of(folder: Path, generation: int) -> list[Path]:
     return sorted(folder.glob(f"base-{generation:08d}*"))
 
 
-def leftovers(folder: Path, manifest: Manifest) -> list[Path]:
-    """Return files of a store that the manifest does not name: a crash left them."""
+def leftovers(folder: Path, manifest: Manifest | None) -> list[Path]:
+    """Return files of a store that its manifest, if there is one, does not name."""
     ours = re.compile(rf"{_FILE_NAME.pattern}|\.({_FILE_NAME.pattern}|{NAME})\.[0-9a-f]+\.tmp")
-    return [
-        path
-        for path in folder.iterdir()
-        if ours.fullmatch(path.name) and path.name not in manifest.names
-    ]
+    keep = set() if manifest is None else manifest.names
+    return [p for p in folder.iterdir() if ours.fullmatch(p.name) and p.name not in keep]

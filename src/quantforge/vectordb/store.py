@@ -2,7 +2,7 @@
 
     manifest.json          which of these files count
     base-00000003.*        an index, as QuantizedIndex.save writes it
-    log-00000003           what changed since, a record for each commit
+    log-00000003.qf        what changed since, a record for each commit
     lock                   held by the process that writes
 
 What is learned from data, and `compact`, make a new base with an empty log; the manifest switches
@@ -36,6 +36,9 @@ from quantforge.vectordb.manifest import Manifest
 from quantforge.vectordb.table import Metadata
 
 logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 4 << 30
+"""Of a file of the base; an array that is larger has a file to itself."""
 
 Result = TypeVar("Result")
 
@@ -272,7 +275,7 @@ class IndexStore:
             if self._batch is not None:
                 raise InputError("a change of this batch failed half way; leave the batch")
             self._state = self._with_manifest(self._load)
-            if self._lock is not None:
+            if self._lock is not None and self._lock.is_held:
                 self._state.log.cut()
                 self._remove_leftovers(self._state.manifest)
         return self._state
@@ -366,7 +369,7 @@ class IndexStore:
         folder = self._folder
         base, log = manifest.base_name(generation), manifest.log_name(generation)
         try:
-            index.save(folder / base)
+            index.save(folder / base, max_shard_size=SHARD_BYTES)
             files = manifest.files_of(folder, generation)
             Log.create(folder / log)
             Manifest(generation, base, {p.name: manifest.checksum(p) for p in files}, log).write(
@@ -381,10 +384,10 @@ class IndexStore:
             ) from error
         finally:
             self._forget()
-            if (folder / manifest.NAME).exists():
-                self._remove_leftovers(Manifest.read(folder))
+            there = (folder / manifest.NAME).exists()
+            self._remove_leftovers(Manifest.read(folder) if there else None)
 
-    def _remove_leftovers(self, found: Manifest) -> None:
+    def _remove_leftovers(self, found: Manifest | None) -> None:
         if left := manifest.leftovers(self._folder, found):
             for path in left:
                 path.unlink(missing_ok=True)
