@@ -38,8 +38,8 @@ NEW_TOKENS = 32
 NEAR_TIE = 0.1
 MEMORY = 64 << 20
 TEXTS = [
-    "def main():\n",
-    "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n",
+    "for i in range(",
+    "class A:\n    def __init__(self, name):\n        self.name = name\n",
     Path(json.__file__).read_text()[:1500],
 ]
 pytestmark = pytest.mark.timeout(600)

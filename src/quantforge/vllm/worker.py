@@ -13,7 +13,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from quantforge.errors import UnsupportedError
 from quantforge.vllm.plugin import BACKEND
 
-if AttentionBackendEnum.CUSTOM.get_path() != BACKEND:
+CUSTOM = AttentionBackendEnum.CUSTOM
+if not CUSTOM.is_overridden() or CUSTOM.get_path() != BACKEND:
     raise UnsupportedError(
         "vLLM has not loaded quantforge's plugin, so its cache would stay uncompressed; install "
         "quantforge with its entry points (pip install quantforge), and name it in VLLM_PLUGINS "
