@@ -116,7 +116,7 @@ def _readable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import zipfile
-import zlib
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,8 +14,10 @@ from quantforge.arrays import open_npy
 from quantforge.errors import FormatError
 from quantforge.inputs.entry import Entry
 from quantforge.inputs.rows import Blocks, RowStream, rows_per_block
-from quantforge.io.npy import Header, Member, members, open_archive, read_header
+from quantforge.io.npy import Header, Member, members, open_archive, read_header, reading
 from quantforge.io.npz import NAME, load_npz, npz_info
+
+READ_BYTES = 1 << 22
 
 
 def npy_entries(path: Path) -> dict[str, Entry]:
@@ -60,18 +60,19 @@ def _open(member: Member) -> Any:
 
 
 def _member_blocks(member: Member) -> Blocks:
-    with open_archive(member.path) as archive, archive.open(member.info) as file:
+    with (
+        open_archive(member.path) as archive,
+        reading(member.where),
+        archive.open(member.info) as file,
+    ):
         file.seek(member.start)
-        try:
-            yield from _blocks(member.where, file, member.header)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise FormatError(f"{member.where} is damaged: {error}") from error
+        yield from _blocks(member.where, file, member.header)
 
 
 def _blocks(where: str, file: Any, header: Header) -> Blocks:
     shape, fortran_order, dtype = header
     if fortran_order or not shape:
-        data = file.read()
+        data = _at_most(file, header.nbytes + 1)
         if len(data) != header.nbytes:
             raise FormatError(f"{where} has {len(data)} bytes of data; its shape is {shape}")
         whole = np.frombuffer(data, dtype)
@@ -80,10 +81,19 @@ def _blocks(where: str, file: Any, header: Header) -> Blocks:
     row = prod(shape[1:]) * dtype.itemsize
     for start in range(0, shape[0], step := rows_per_block(shape)):
         count = min(step, shape[0] - start)
-        data = file.read(count * row)
+        data = _at_most(file, count * row)
         if len(data) != count * row:
             raise FormatError(
                 f"{where} ends after {start + len(data) // max(row, 1)} of {shape[0]} rows; it is "
                 "truncated"
             )
         yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+
+
+def _at_most(file: Any, count: int) -> bytes:
+    """Read so many bytes, or those there are: a header may promise more than memory holds."""
+    parts = []
+    while count > 0 and (part := file.read(min(count, READ_BYTES))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)

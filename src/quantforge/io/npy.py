@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from os import PathLike
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +18,8 @@ from quantforge.errors import FormatError
 LOCAL_HEADER_BYTES = 30
 """A zip member's own header, before its name and extra field."""
 MEMBER_SUFFIX = ".npy"
+BAD_HEADER = (ValueError, TypeError, OverflowError, SyntaxError, TokenError)
+"""What numpy raises where a header is no Python literal, or of an impossible shape."""
 
 
 class Header(NamedTuple):
@@ -44,8 +49,10 @@ def read_header(where: str, file: Any) -> Header:
             header = Header(*np.lib.format.read_array_header_2_0(file))
         else:
             raise ValueError(f"format version {version}")
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+    except BAD_HEADER as error:
         raise FormatError(f"{where} is not in .npy format: {error}") from error
+    if any(length < 0 for length in header.shape):
+        raise FormatError(f"{where} has the impossible shape {header.shape}")
     if header.dtype.hasobject or header.dtype.fields is not None:
         raise FormatError(f"{where} holds {header.dtype}, which is not an array of numbers")
     return header
@@ -93,13 +100,10 @@ class Member(NamedTuple):
         Raises:
             FormatError: if it is damaged.
         """
-        with open_archive(self.path) as archive:
-            try:
-                data = archive.read(self.info)
-            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-                raise FormatError(f"{self.where} is damaged: {error}") from error
-        if len(data) != self.start + self.header.nbytes:
+        if self.info.file_size != self.start + self.header.nbytes:
             raise FormatError(f"{self.where} is truncated: its shape is {self.header.shape}")
+        with open_archive(self.path) as archive, reading(self.where):
+            data = archive.read(self.info)
         order: Any = "F" if self.header.fortran_order else "C"
         numbers = np.frombuffer(data, self.header.dtype, offset=self.start)
         return numbers.reshape(self.header.shape, order=order).copy()
@@ -117,6 +121,15 @@ def open_archive(path: str | PathLike[str]) -> zipfile.ZipFile:
         raise FormatError(f"{path} is not a readable .npz file: {error}") from error
 
 
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Raise `FormatError` for what zipfile raises where a member is damaged."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise FormatError(f"{where} is damaged: {error}") from error
+
+
 def members(path: str | PathLike[str]) -> dict[str, Member]:
     """Return the arrays of a .npz file by name.
 
@@ -132,7 +145,7 @@ def members(path: str | PathLike[str]) -> dict[str, Member]:
             where = f"{path}: array {name!r}"
             if info.flag_bits & 1:
                 raise FormatError(f"{where} is encrypted; decrypt the archive first")
-            with archive.open(info) as file:
+            with reading(where), archive.open(info) as file:
                 header = read_header(where, file)
                 found[name] = Member(where, str(path), info, header, file.tell())
     return found
