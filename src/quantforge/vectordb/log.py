@@ -1,8 +1,8 @@
 """An append-only file of records, each on the disk before `append` returns.
 
-    file    magic 8 | version u32 | token u32 | crc32 u32 of these 16 | zeros to 32 bytes
-    record  magic 4 | crc32 u32 of what follows up to the payload, from the token on | number u64
-            | payload bytes u64 | crc32 u32 of the payload | zeros to 32 bytes | payload
+    file    magic 8 | version u32 | token u32 | crc32 u32 of these 16 | 12 zeros
+    record  magic 4 | crc32 u32 of the next 24 bytes, started at the token | number u64
+            | payload bytes u64 | crc32 u32 of the payload | 4 zeros | payload
 
 Little-endian. Numbers count from 0. A record is written only when the one before it is on the
 disk. So an invalid record with no other after it is one that a crash cut short: it was never
