@@ -121,6 +121,7 @@ def test_a_choice_must_beat_the_defaults_by_more_than_its_noise(found: VectorOpt
         points = {"best": point_like(found, better), "plain": point_like(found, plain)}
         choice = Choice(points["best"], points["plain"], Gain.of(better, plain))
         assert choice.recommended is points[chosen]
+        assert replace(choice, plain_allowed=False).recommended is points["best"]
 
 
 def test_the_defaults_are_measured_and_stand_where_nothing_beats_them() -> None:

@@ -5,7 +5,7 @@
     3  of these, measured as a whole, the one of least KL
     4  held out: it must beat uniform bits by more than the standard error of the difference
 
-Steps 1 to 3 see one half of the passages, step 4 the other.
+Steps 1 to 3 are decided by one half of the passages, step 4 by the other.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _plans(
 ) -> list[Plan]:  # fmt: skip
     """Return the best plan for each window that leaves room for codes."""
     sinks, plans = CacheConfig().sinks, []
-    for window in windows:
+    for window in dict.fromkeys(windows):
         cost = np.array(
             [[s.nbytes(b, context, window, sinks, number_bytes) for b in choices] for s in slots]
         )

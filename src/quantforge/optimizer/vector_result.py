@@ -61,16 +61,19 @@ class Choice:
         plain: the defaults at the same bits.
         gain: in accuracy, of `best` over `plain`, on samples that did not choose; None where
             they are the same.
+        plain_allowed: whether the defaults are within the limits.
     """
 
     best: Point
     plain: Point
     gain: Gain | None
+    plain_allowed: bool = True
 
     @property
     def recommended(self) -> Point:
-        """`best` if its gain exceeds the standard error, else `plain`."""
-        return self.best if self.gain is None or self.gain.holds else self.plain
+        """`best` if its gain exceeds the standard error or `plain` is not allowed, else `plain`."""
+        stands = self.gain is None or self.gain.holds or not self.plain_allowed
+        return self.best if stands else self.plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +234,8 @@ def _advice(result: VectorOptimization) -> Recommendation:
             f"standard error: {gain.mean:+.4f} +- {gain.standard_error:.4f} in {objective} on the "
             "half of the samples that did not choose"
         )
+        if not choice.plain_allowed:
+            against += ", but these are beyond a limit"
     weights = ", ".join(f"{key} {value:g}" for key, value in asdict(result.scorer.weights).items())
     checked = point.accuracy(objective, "check")
     top = max(result.points, key=lambda p: p.samples[objective].mean())

@@ -54,7 +54,8 @@ def optimize_vectors(
         max_bytes: bytes per vector that a choice may have.
         min_accuracy: accuracy that a choice must have.
         queries: (m, dim); None: 400 rows of the data, a fifth at most, which are not stored then.
-        metric: "ip", "cosine" or "l2".
+        metric: "ip", "cosine" or "l2". For cosine vectors are scaled to length 1 before they are
+            coded: an index does so by itself, for codes it is up to you.
         space: settings to choose from; `Space()` if None.
         policy: "auto" measures all of fewer than 200 points, else asks Optuna's TPE (random
             points where it is not installed); or "exhaustive", "random", "tpe", "nsga2".
@@ -127,8 +128,8 @@ def _choices(
         if of_kind:
             best = max(of_kind, key=scorer.reward)
             plain = measured[baseline(best.config, dim)]
-            plain = plain if plain in allowed else best
-            choices[kind] = Choice(best, plain, _gain(best, plain, scorer.measure))
+            gain = _gain(best, plain, scorer.measure)
+            choices[kind] = Choice(best, plain, gain, plain in allowed)
     return choices
 
 
