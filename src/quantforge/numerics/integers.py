@@ -26,7 +26,7 @@ from quantforge.spec import QuantSpec
 NARROW_BITS = 5
 PEAKS = {1: 1, 2: 10, 3: 31, 4: 63, 5: 63, 6: 2047, 7: 2047, 8: 2047}
 """Greatest integer of a table, by bits."""
-SPANS = {1: 64, 2: 32, 3: 16, 4: 8, 5: 4}
+SPANS = {1: 64, 2: 32, 3: 16, 4: 4, 5: 4}
 """Dwords of four channels whose products are added in 16 bits, by bits."""
 MAX_QUERY = {False: 127, True: 2047}
 """Greatest integer of a query, by whether the code is wide."""

@@ -26,6 +26,7 @@ from quantforge.numerics.vectors import Mode, VectorCode, plain_spec, segment_ro
 from quantforge.ops.constants import centroids
 from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.lookup import take
+from quantforge.ops.mixed_search.eager import Products
 from quantforge.ops.quantize.eager import nearest, pack_columns
 from quantforge.ops.scores.api import scores
 from quantforge.ops.transform import rotate, unrotate
@@ -67,15 +68,15 @@ class Queries:
     """Queries as codes take them.
 
     Attributes:
-        groups: per group (q, width) float32.
+        turned: (q, width of all groups) float32, in the directions of the codes.
         base: (q, lists) float32, what the centre of each list adds to a score.
     """
 
-    groups: tuple[torch.Tensor, ...]
+    turned: torch.Tensor
     base: torch.Tensor
 
     def __getitem__(self, index: slice | torch.Tensor) -> Queries:
-        return Queries(tuple(group[index] for group in self.groups), self.base[index])
+        return Queries(self.turned[index], self.base[index])
 
 
 class Codec:
@@ -102,6 +103,7 @@ class Codec:
         self.groups: list[tuple[QuantSpec, slice]] = [
             (plain_spec(where.stop - where.start, bits, seed), where) for bits, where in code.groups
         ]
+        self._width = self.groups[-1][1].stop
         self.mean, self.forward, self.dual, self.weights, self.errors = (
             torch.from_numpy(part).to(torch.float32)
             for part in (code.mean, code.forward, code.dual, code.weights, code.errors)
@@ -201,20 +203,26 @@ class Codec:
     def queries(self, x: torch.Tensor) -> Queries:
         """Return queries (q, dim) as `scores` takes them."""
         seen = 2 * (x - self.mean) if self.squared else x
-        turned = seen @ self.dual.T
-        groups = tuple(unrotate(turned[:, where], spec, spec.seed) for spec, where in self.groups)
+        turned = seen @ self.dual[: self._width].T
         base = seen @ self._anchors.T
         if self.squared:
             own = seen.square().sum(-1) / 4
             base = base - own[:, None] - self._anchors.square().sum(-1)
-        return Queries(groups, base)
+        return Queries(turned, base)
 
     def scores(self, queries: Queries, coded: Coded) -> torch.Tensor:
         """Return scores (q, n) float32 without the base; greater is better."""
         total = coded.offsets.float() * self.unit
-        for (spec, _), query, packed in zip(self.groups, queries.groups, coded.packed, strict=True):
+        for (spec, where), packed in zip(self.groups, coded.packed, strict=True):
+            query = unrotate(queries.turned[:, where], spec, spec.seed)
             total = total + scores(query, packed, coded.scales, spec)
         return total
+
+    def integer_scores(self, queries: Queries, coded: Coded) -> torch.Tensor:
+        """Return the same as `mixed_search` computes it, bit for bit."""
+        products = Products(queries.turned, tuple(spec for spec, _ in self.groups))
+        total = products.totals(list(coded.packed), slice(None))
+        return total * coded.scales[:, 0].float() + coded.offsets.float() * self.unit
 
     def standard_errors(
         self, x: torch.Tensor, coded: Coded, lists: torch.Tensor | None = None

@@ -2,7 +2,7 @@
 
     score(q, row) = scores(q, codes of row) + base(q, list of row)
 
-`best` is the place for a faster way: it is given all that a single pass over the lists needs.
+On the CPU `best` is one pass over the lists by integer products (`integer_scan`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from quantforge.ops.search.eager import ROW_MASK, keys_of, results_of
+from quantforge.vectordb import integer_scan
+from quantforge.vectordb.bounds import RowBounds
 from quantforge.vectordb.codec import Codec, Queries
 from quantforge.vectordb.lists import Lists
 from quantforge.vectordb.rows import Rows
@@ -35,20 +37,24 @@ class Shelf:
         rows: holds them.
         lists: where they lie.
         coded: each list has a base of its own; otherwise all have the first.
+        bounds: what the rows may have beyond their loud directions, if that is known.
     """
 
     codec: Codec
     rows: Rows
     lists: Lists
     coded: bool
+    bounds: RowBounds | None = None
 
     def base(self, queries: Queries, labels: torch.Tensor) -> torch.Tensor:
         """Return what is added to scores of rows with these labels (m,), (q, m) or (q, 1)."""
         return queries.base[:, labels] if self.coded else queries.base
 
     def tile(self, queries: Queries, index: slice | torch.Tensor) -> torch.Tensor:
-        """Return scores (q, m) of rows without the base."""
-        return self.codec.scores(queries, self.rows.coded(index))
+        """Return scores (q, m) of rows without the base: those that `best` orders by."""
+        integers = queries.base.device.type == "cpu"
+        scores = self.codec.integer_scores if integers else self.codec.scores
+        return scores(queries, self.rows.coded(index))
 
 
 def tiles(shelf: Shelf, queries: Queries, allowed: torch.Tensor | None) -> Iterator[Tile]:
@@ -84,6 +90,8 @@ def best(
         allowed: rows that may be found, rising; None for all.
     """
     device = queries.base.device
+    if device.type == "cpu":
+        return integer_scan.best(shelf, queries, k, probes, allowed)
     absent = keys_of(torch.tensor(-torch.inf), torch.tensor(ROW_MASK)).to(device)
     found = absent.expand(len(queries.base), k)
     if probes is None:

@@ -1,0 +1,131 @@
+"""The best rows by the operator `mixed_search`: one call for all lists, queries and groups.
+
+Rows that lie list by list are searched where they are. Rows of the tail, and few rows that a
+filter leaves, are gathered in the order of their lists first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from quantforge.ops import mixed_search
+from quantforge.ops.mixed_search.parts import Bounds, Visits
+from quantforge.ops.search.eager import ROW_MASK, keys_of, results_of
+from quantforge.vectordb.codec import Coded, Queries
+
+if TYPE_CHECKING:
+    from quantforge.vectordb.scan import Shelf
+
+GATHERED_SHARE = 8
+"""Rows that a filter leaves are gathered where they are less than one in so many."""
+
+Found = tuple[torch.Tensor, torch.Tensor]
+
+
+def best(
+    shelf: Shelf,
+    queries: Queries,
+    k: int,
+    probes: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+) -> Found:
+    """Return the k best scores (q, k), falling, and their rows, as `scan.best`."""
+    if probes is None and shelf.coded:
+        probes = torch.arange(shelf.lists.count).expand(len(queries.base), -1)
+    if allowed is not None and GATHERED_SHARE * len(allowed) < len(shelf.rows):
+        return _gathered(shelf, queries, k, probes, allowed)
+    bitmap = None if allowed is None else _bitmap_of(allowed, len(shelf.rows))
+    coded, bounds = shelf.rows.coded(slice(None)), None
+    if shelf.bounds is not None:
+        bounds = shelf.bounds.of(shelf.rows)
+    if probes is None:
+        return _search(shelf, queries, queries.base[:, 0], coded, k, None, bounds, bitmap)
+    first = shelf.lists.sorted_rows
+    who, lists, labels, starts = _visits(probes)
+    ranges = torch.stack([shelf.lists.starts[labels], shelf.lists.starts[labels + 1]], 1)
+    visits = Visits(ranges, starts, who)
+    base = queries.base[who, lists if shelf.coded else 0]
+    found = _search(shelf, queries, base, coded, k, visits, bounds, bitmap)
+    if first == len(shelf.rows):
+        return found
+    tail = torch.arange(first, len(shelf.rows))
+    if allowed is not None:
+        tail = allowed[allowed >= first]
+    other = _gathered(shelf, queries, k, probes, tail)
+    keys = torch.cat([_keys(found), _keys(other)], 1)
+    return results_of(keys.topk(k, dim=1).values, None)
+
+
+def _gathered(
+    shelf: Shelf, queries: Queries, k: int, probes: torch.Tensor | None, rows: torch.Tensor
+) -> Found:
+    """Search some rows (m,), in the order of their lists; of equal scores the first rows."""
+    if probes is None:
+        coded, visits, base = shelf.rows.coded(rows), None, queries.base[:, 0]
+    else:
+        labels, order = shelf.lists.of_rows(rows).sort(stable=True)
+        rows = rows[order]
+        coded = shelf.rows.coded(rows)
+        there, counts = labels.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0)
+        asked = torch.zeros(len(probes), shelf.lists.count + 1, dtype=torch.bool)
+        asked.scatter_(1, probes % (shelf.lists.count + 1), value=True)  # -1 is the last place
+        which, who = asked[:, there].T.nonzero(as_tuple=True)
+        starts = torch.searchsorted(which, torch.arange(len(there) + 1))
+        visits = Visits(torch.stack([ends - counts, ends], 1), starts, who)
+        base = queries.base[who, there[which] if shelf.coded else 0]
+    scores, found = _search(shelf, queries, base, coded, k, visits, None, None)
+    if not len(rows):
+        return scores, found
+    return scores, torch.where(found >= 0, rows[found.clamp_min(0)], -1)
+
+
+def _search(
+    shelf: Shelf,
+    queries: Queries,
+    base: torch.Tensor,
+    coded: Coded,
+    k: int,
+    visits: Visits | None,
+    bounds: Bounds | None,
+    bitmap: torch.Tensor | None,
+) -> Found:
+    specs = tuple(spec for spec, _ in shelf.codec.groups)
+    return mixed_search(
+        queries.turned,
+        coded.packed,
+        specs,
+        coded.scales,
+        coded.offsets,
+        base.contiguous(),
+        k,
+        unit=shelf.codec.unit,
+        visits=visits,
+        bounds=bounds,
+        filter_bitmap=bitmap,
+    )
+
+
+def _visits(
+    probes: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries and lists of all visits by list, the lists that are visited, and starts."""
+    who, place = (probes >= 0).nonzero(as_tuple=True)
+    lists, order = probes[who, place].sort(stable=True)
+    labels, counts = lists.unique_consecutive(return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return who[order], lists, labels, starts
+
+
+def _bitmap_of(rows: torch.Tensor, count: int) -> torch.Tensor:
+    mask = np.zeros(count, bool)
+    mask[rows.numpy()] = True
+    return torch.from_numpy(np.packbits(mask, bitorder="little"))
+
+
+def _keys(found: Found) -> torch.Tensor:
+    scores, rows = found
+    return keys_of(scores, torch.where(rows >= 0, rows, ROW_MASK))
