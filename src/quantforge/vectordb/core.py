@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from quantforge.vectordb import learning, scan
+from quantforge.vectordb.bounds import RowBounds
 from quantforge.vectordb.catalog import Catalog
 from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.config import IndexConfig
@@ -58,6 +59,7 @@ class Core:
         self.rows = Rows(parts)
         self.lists = Lists.of(nothing, len(partition)) if lists is None else lists
         self.catalog = Catalog(self.rows.growing("ids"))
+        self.bounds = RowBounds(codec)
 
     def prepare(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return rows (n, dim) as they are stored; `lists` if their codes depend on it.
@@ -107,6 +109,7 @@ class Core:
             place[index[moved]] = torch.arange(len(stay), len(self.rows))
             index = place[index]
         self.rows.put(index, {name: part for name, part in parts.items() if name in self.rows})
+        self.bounds.put(self.rows, index)
         self.catalog.put(index, parts)
 
     def remove(self, index: torch.Tensor) -> None:
@@ -148,6 +151,7 @@ class Core:
         return keep.nonzero()[:, 0]
 
     def _arrange(self, index: torch.Tensor) -> None:
+        self.bounds.keep(self.rows, index)
         self.rows.keep(index)
         self.catalog.keep(index)
 
@@ -177,7 +181,7 @@ class Core:
     @property
     def shelf(self) -> scan.Shelf:
         """What is scanned."""
-        return scan.Shelf(self.codec, self.rows, self.lists, self.partition.coded)
+        return scan.Shelf(self.codec, self.rows, self.lists, self.partition.coded, self.bounds)
 
     def decode(self, index: torch.Tensor) -> torch.Tensor:
         """Decode rows, (m, dim) float32."""
@@ -235,6 +239,7 @@ class Core:
             report[name] = report.get(name, 0) + held
         report["lists"] = self.lists.nbytes + self.partition.nbytes
         report["learned"] = self.codec.nbytes
+        report["bounds"] = self.bounds.nbytes
         if self.partition.coded:  # the centroids are the codec's centres
             report["lists"] -= self.partition.centroids.nbytes
         return report
