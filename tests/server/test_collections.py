@@ -95,6 +95,58 @@ def test_points_come_and_go(filled: TestClient) -> None:
     assert page == {"total": 100, "ids": [99, 5000]}
 
 
+def test_points_are_replaced(filled: TestClient) -> None:
+    other = gaussian(2, DIM, seed=9)
+    body = {"vectors": other.tolist(), "ids": [3, 4]}
+    assert filled.put(POINTS, json=body).json() == {"ids": [3, 4]}
+    found = filled.post(SEARCH, json={"queries": other.tolist(), "k": 1}).json()["ids"]
+    assert found == [[3], [4]]
+    for ids, status in (([3, 999], 400), (None, 422)):
+        assert filled.put(POINTS, json={**body, "ids": ids}).status_code == status
+    assert filled.get("/v1/collections/a").json()["vectors"] == 100
+
+
+def test_metadata_is_kept_filtered_and_returned(client: TestClient) -> None:
+    client.put("/v1/collections/a", json={"dim": DIM})
+    x = gaussian(4, DIM)
+    columns = {"lang": ["en", "de", "en", None], "year": [2020, 2021, 2022, 2023]}
+    body = {"vectors": x[:2].tolist(), "metadata": {k: v[:2] for k, v in columns.items()}}
+    assert client.post(POINTS, json=body).status_code == 200
+    header = {"metadata": json.dumps({k: v[2:] for k, v in columns.items()})}
+    answer = post(client, POINTS, save({"vectors": torch.from_numpy(x[2:])}, header))
+    assert answer.json() == {"ids": [2, 3]}
+    asked = {"queries": x[:1].tolist(), "metadata": True}
+    for where, expected in (
+        ({"lang": "en"}, {0, 2}),
+        ({"year": {"gte": 2021}, "lang": {"in": ["de", "fr"]}}, {1}),
+        ({"or": [{"lang": None}, {"year": 2020}]}, {0, 3}),
+    ):
+        found = client.post(SEARCH, json={**asked, "where": where}).json()
+        assert set(found["ids"][0]) == expected
+        for id, metadata in zip(found["ids"][0], found["metadata"][0], strict=True):
+            assert metadata["year"] == columns["year"][id]
+    assert "metadata" not in client.post(SEARCH, json={"like": [1]}).json()
+    answer = client.post(SEARCH, json={**asked, "where": {"nothing": 3}})
+    assert answer.status_code == 400
+    assert "nothing" in error_of(answer)["message"]
+    bad = {"vectors": x[:1].tolist(), "metadata": {"lang": ["en", "de"]}}
+    assert client.post(POINTS, json=bad).status_code == 400
+    assert client.get("/v1/collections/a").json()["vectors"] == 4
+
+
+def test_ids_may_be_words(client: TestClient) -> None:
+    client.put("/v1/collections/a", json={"dim": DIM})
+    x = gaussian(3, DIM)
+    body = {"vectors": x.tolist(), "ids": ["one", "zwei", "三"]}
+    assert client.post(POINTS, json=body).json() == {"ids": body["ids"]}
+    assert client.post(SEARCH, json={"like": ["三"], "k": 1}).json()["ids"] == [["三"]]
+    page = client.get(POINTS, params={"limit": 2}).json()
+    assert page == {"total": 3, "ids": ["one", "zwei"]}
+    assert client.request("DELETE", POINTS, json={"ids": ["zwei"]}).json() == {"removed": 1}
+    found = client.post(SEARCH, json={"queries": x[:1].tolist(), "ids": ["one"]}).json()
+    assert found["ids"] == [["one"]]
+
+
 def test_safetensors_carries_ids(filled: TestClient) -> None:
     vectors = torch.from_numpy(gaussian(2, DIM, seed=2))
     body = save({"vectors": vectors, "ids": torch.tensor([500, 600])})

@@ -95,8 +95,9 @@ def test_operations_that_need_the_token_say_so(serve: Serve, client: TestClient)
 
 @pytest.mark.parametrize(
     ("path", "allowed"),
-    [("/v1/collections/a", "DELETE, GET, PUT"), ("/v1/collections/a/points", "DELETE, GET, POST"),
-     ("/v1/jobs/1", "DELETE, GET"), ("/compress", "POST"), ("/health", "GET")],
+    [("/v1/collections/a", "DELETE, GET, PUT"), ("/v1/jobs/1", "DELETE, GET"),
+     ("/v1/collections/a/points", "DELETE, GET, POST, PUT"), ("/compress", "POST"),
+     ("/health", "GET")],
 )  # fmt: skip
 def test_a_wrong_method_is_told_the_right_ones(client: TestClient, path: str, allowed: str) -> None:
     answer = client.request("PATCH", path)

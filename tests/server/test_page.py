@@ -74,7 +74,9 @@ def fill(url: str, token: str | None = None) -> np.ndarray:
     with Client(url, token=token) as client:
         for name, bits in (("notes", 4), ("photos", 2)):
             client.create_collection(name, 96, bits=bits, metric="cosine" if bits == 4 else "l2")
-            client.add(name, x[: 6000 if bits == 4 else 1500])
+            count = 6000 if bits == 4 else 1500
+            topics = [("music", "travel", "cooking")[i % 3] for i in range(count)]
+            client.add(name, x[:count], metadata={"topic": topics})
     return x
 
 
@@ -97,6 +99,8 @@ def test_in_a_browser(live: Live, browser: Browser) -> None:
     browser.click("#search button[type=submit]")
     browser.until("document.querySelectorAll('#results li').length === 8")
     assert browser.run("document.querySelector('#results button').textContent") == "7"
+    topic = browser.run("document.querySelector('#results .metadata').textContent")
+    assert topic == "topic: travel"
     browser.fill(search_vector=", ".join(f"{v:.4f}" for v in x[31]))
     browser.click("#search button[type=submit]")
     browser.until("document.querySelector('#results button').textContent === '31'")

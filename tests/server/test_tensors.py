@@ -14,7 +14,9 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save
 
 from quantforge import QuantForgeConfig, QuantPipeline, QuantTensor, load_file, save_file
+from quantforge.ops.constants import rotation
 from quantforge.optimizer import optimize
+from quantforge.server import operations
 from quantforge.server.bodies import JSON, NPY, SAFETENSORS
 from tests.helpers import gaussian
 from tests.server.conftest import Serve
@@ -225,6 +227,17 @@ def test_a_small_file_cannot_expand_beyond_the_limit(serve: Serve, tmp_path: Pat
     answer = post(client, "/decompress", body)
     assert answer.status_code == 413
     assert "1048576" in error_of(answer)["message"]
+
+
+def test_matrices_of_rotations_do_not_pile_up(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds are the client's choice, and each has a matrix of its own."""
+    monkeypatch.setattr(operations, "MAX_ROTATION_BYTES", 5 * 4 * 51 * 51)
+    rotation.cache_clear()  # type: ignore[attr-defined]
+    for seed in range(20):
+        assert post(client, "/compress", npy(gaussian(2, 51)), NPY, seed=seed).status_code == 200
+        assert rotation.cache_info().currsize <= 5  # type: ignore[attr-defined]
 
 
 def test_json_does_not_hold_what_decodes_to_infinity(client: TestClient, tmp_path: Path) -> None:

@@ -19,9 +19,14 @@ from quantforge.server.schemas import (
     NAME_PATTERN,
     CollectionInfo,
     CollectionSettings,
+    Found,
+    Search,
 )
 from quantforge.server.settings import Settings
 from quantforge.vectordb import IndexConfig, IndexStore
+
+OPTIONS = {"ids", "where", "nprobe", "recall", "rerank"}
+"""Of a search, that go to the index as they are."""
 
 
 class Collection:
@@ -81,8 +86,17 @@ class Collection:
             limit = self._settings.max_vectors
             if len(store.index) + len(vectors) > limit:
                 raise too_large(f"a collection holds at most {limit} vectors", "use another one")
-            given = {} if metadata is None else {"metadata": metadata}
-            return np.asarray(store.add(vectors, ids=ids, **given)).tolist()
+            return np.asarray(store.add(vectors, ids, metadata)).tolist()
+
+    def update(self, vectors: np.ndarray, ids: Any, metadata: Any) -> list[Any]:
+        """Replace vectors, on the disk too, and return their ids.
+
+        Raises:
+            InputError: for what does not fit, or ids that are not there; all stay as they are then.
+        """
+        with self._held() as store:
+            store.update(ids, vectors, metadata)
+            return np.asarray(ids).tolist()
 
     def remove(self, ids: list[Any]) -> int:
         """Remove vectors, from the disk too.
@@ -106,32 +120,33 @@ class Collection:
             index = store.index
             return len(index), np.asarray(index.ids)[offset : offset + limit].tolist()
 
-    def search(
-        self, queries: np.ndarray | None, like: list[Any] | None, k: int, options: dict[str, Any]
-    ) -> tuple[list[list[Any]], list[list[float]]]:
-        """Return ids and scores of the nearest of each query, best first.
+    def search(self, queries: np.ndarray | None, asked: Search) -> Found:
+        """Return the nearest of each query, or of each point that `asked.like` names.
 
         Raises:
             InputError: for what does not fit.
             ApiError: beyond the limits.
         """
-        settings = self._settings
-        count = len(like or ()) if queries is None else len(queries)
+        settings, k = self._settings, asked.k
+        count = len(asked.like or ()) if queries is None else len(queries)
         if k > settings.max_k or k * count > settings.max_results:
             raise too_large(
                 f"at most {settings.max_k} neighbours of a query and {settings.max_results} in "
                 f"all; got k={k} for {count} queries",
                 "ask for fewer, or in several requests",
             )
+        options = asked.model_dump(include=OPTIONS, exclude_none=True)
         with self._held() as store:
             index = store.index
-            wanted = index.reconstruct(like) if queries is None else queries
+            wanted = index.reconstruct(asked.like) if queries is None else queries
             if not len(index) or not len(wanted):
-                return [[] for _ in wanted], [[] for _ in wanted]
+                return Found(ids=[[] for _ in wanted], scores=[[] for _ in wanted])
             ids, scores = index.search(wanted, min(k, len(index)), **options)
-        found = np.isfinite(scores)
-        pairs = list(zip(ids, scores, found, strict=True))
-        return [i[f].tolist() for i, _, f in pairs], [s[f].tolist() for _, s, f in pairs]
+            there = np.isfinite(scores)
+            found = [row[kept].tolist() for row, kept in zip(ids, there, strict=True)]
+            metadata = [index.metadata(row) for row in found] if asked.metadata else None
+        kept_scores = [row[kept].tolist() for row, kept in zip(scores, there, strict=True)]
+        return Found(ids=found, scores=kept_scores, metadata=metadata)
 
     def close(self) -> None:
         """Close its files; requests that come later find nothing."""

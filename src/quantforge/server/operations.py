@@ -5,6 +5,7 @@ Each function looks at its input and returns an operation to run, now or as a jo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from quantforge.config import QuantForgeConfig
 from quantforge.errors import FormatError, InputError
 from quantforge.io import create_file
 from quantforge.numerics.packing import packed_width
+from quantforge.ops.constants import rotation
 from quantforge.pipeline import QuantPipeline, Statistics
 from quantforge.server.bodies import MARKER, NPY, SAFETENSORS, Tensors
 from quantforge.server.errors import too_large
@@ -28,6 +30,7 @@ from quantforge.tensor import QuantTensor
 COMPRESSIBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_JSON_NUMBERS = 1 << 20
 RESULT = "result"
+MAX_ROTATION_BYTES = 1 << 28
 
 
 class _Counted:
@@ -44,13 +47,35 @@ class _Counted:
             self._done += prod(piece.shape)
 
 
-def check_dense(spec: QuantSpec, limit: int) -> None:
-    """Raise `ApiError` for a rotation whose matrix is beyond the limit."""
-    if spec.rotation == "qr" and spec.dim > limit:
-        raise too_large(
-            f"QR rotations have at most dim {limit} here; got {spec.dim}",
-            "pad vectors to 2^k times 1, 12, 20 or 28 numbers, which have a Hadamard rotation",
-        )
+class DenseRotations:
+    """Keeps the matrices of QR rotations, which are cached by dim and seed, within a size."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cached: set[tuple[int, int]] = set()
+
+    def admit(self, spec: QuantSpec, limit: int) -> None:
+        """Make room for the matrix of a spec, if it has one.
+
+        Raises:
+            ApiError: for one beyond the limit.
+        """
+        if spec.rotation != "qr":
+            return
+        if spec.dim > limit:
+            raise too_large(
+                f"QR rotations have at most dim {limit} here; got {spec.dim}",
+                "pad vectors to 2^k times 1, 12, 20 or 28 numbers, which have a Hadamard rotation",
+            )
+        with self._lock:
+            self._cached.add((spec.dim, spec.seed))
+            if sum(4 * dim * dim for dim, _ in self._cached) > MAX_ROTATION_BYTES:
+                rotation.cache_clear()  # type: ignore[attr-defined]
+                self._cached = {(spec.dim, spec.seed)}
+
+
+DENSE = DenseRotations()
+"""Of this process, as the cache is."""
 
 
 def compress(
@@ -74,7 +99,7 @@ def compress(
         found = {name: f"{t.dtype} {tuple(t.shape)}" for name, t in values.items()}
         raise InputError(f"no tensor holds vectors of floating-point numbers; got {found}")
     for pipeline in chosen.values():
-        check_dense(pipeline.spec, max_dense_dim)
+        DENSE.admit(pipeline.spec, max_dense_dim)
     passes = 2 if config.shift or config.equalizer else 1
     metadata = {k: v for k, v in tensors.metadata.items() if not k.startswith(MARKER)}
 
@@ -151,7 +176,7 @@ def decompress(
     if not packed:
         raise InputError("the body holds no packed tensors; send what /compress answered")
     for q in packed.values():
-        check_dense(q.spec, max_dense_dim)
+        DENSE.admit(q.spec, max_dense_dim)
     total = sum(q.numel() for q in packed.values())
     if form != "safetensors" and len(packed) > 1:
         raise InputError(f"{form} holds one tensor; got {sorted(packed)}; use format=safetensors")

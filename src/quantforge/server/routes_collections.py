@@ -102,6 +102,20 @@ async def post_points(name: Name, request: Request, server: Running) -> Added:
     return await server.with_body(request, ANY, add)
 
 
+@router.put(HERE + "/points", openapi_extra=content(Points, SAFETENSORS, NPY))
+async def put_points(name: Name, request: Request, server: Running) -> Added:
+    """Replace the vectors of points by id, all of them or none; what is sent is as for adding."""
+
+    def update(body: Body) -> Added:
+        collection = server.catalog.get(name)
+        vectors, ids, metadata = _points(body, server)
+        if ids is None:
+            raise ApiError(422, "schema", "ids must name the points to replace", "send ids")
+        return Added(ids=collection.update(vectors, ids, metadata))
+
+    return await server.with_body(request, ANY, update)
+
+
 @router.get(HERE + "/points")
 async def get_points(
     name: Name,
@@ -145,7 +159,11 @@ async def compact(name: Name, server: Running) -> None:
     await server.run(lambda: server.catalog.get(name).compact())
 
 
-@router.post(HERE + "/search", openapi_extra=content(Search, SAFETENSORS, NPY))
+@router.post(
+    HERE + "/search",
+    openapi_extra=content(Search, SAFETENSORS, NPY),
+    response_model_exclude_none=True,
+)
 async def search(
     name: Name,
     request: Request,
@@ -165,12 +183,7 @@ async def search(
             asked = body.parse(Search)
         else:
             asked = Search(k=k, nprobe=nprobe, recall=recall)
-        queries = _queries(body, asked, server)
-        options = {"ids": asked.ids, "where": asked.where, "nprobe": asked.nprobe,
-                   "recall": asked.recall, "rerank": asked.rerank}  # fmt: skip
-        given = {key: value for key, value in options.items() if value is not None}
-        ids, scores = collection.search(queries, asked.like, asked.k, given)
-        return Found(ids=ids, scores=scores)
+        return collection.search(_queries(body, asked, server), asked)
 
     return await server.with_body(request, ANY, look)
 

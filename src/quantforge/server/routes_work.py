@@ -18,7 +18,7 @@ from quantforge.server.bodies import (
 )
 from quantforge.server.errors import ApiError, too_large
 from quantforge.server.measuring import benchmark, optimization
-from quantforge.server.operations import check_dense, compress, decompress
+from quantforge.server.operations import DENSE, compress, decompress
 from quantforge.server.schemas import (
     BenchmarkQuery,
     BenchmarkReport,
@@ -115,7 +115,7 @@ async def post_benchmark(
         x = server.vectors(body)
         configs = [query.config(bits) for bits in dict.fromkeys(query.bits)]
         for config in configs:
-            check_dense(config.spec(x.shape[1]), settings.max_dense_dim)
+            DENSE.admit(config.spec(x.shape[1]), settings.max_dense_dim)
         return benchmark(x, configs, settings.device), x.size * len(configs)
 
     return await server.operate(request, "benchmark", ANY, prepare, query.background)

@@ -220,6 +220,7 @@ class Search(Sent):
     like: Ids | None = Field(default=None, description="ids of points to take as queries")
     k: Annotated[int, Field(ge=1)] = 10
     ids: Ids | None = Field(default=None, description="only these may be found")
+    metadata: bool = Field(default=False, description="whether to return it")
     where: dict[str, Any] | None = Field(
         default=None, description="what metadata of results must be"
     )
@@ -239,6 +240,9 @@ class Found(BaseModel):
 
     ids: list[Ids]
     scores: list[list[float]]
+    metadata: list[list[dict[str, Any]]] | None = Field(
+        default=None, description="of each neighbour, if asked for"
+    )
 
 
 class Health(BaseModel):

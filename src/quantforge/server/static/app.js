@@ -135,11 +135,11 @@ async function search(event) {
     if (!id && !vector) throw new Refused("name a point, or paste a vector");
     const asked = vector ? { queries: [parseVector(vector)] } : { like: [parseId(id)] };
     const start = performance.now();
-    const found = await post(`/v1/collections/${name}/search`, { ...asked, k: Number($("search-k").value) });
+    const found = await post(`/v1/collections/${name}/search`, { ...asked, metadata: true, k: Number($("search-k").value) });
     const ms = (performance.now() - start).toFixed(0);
     note.className = "quiet";
     note.textContent = `${found.ids[0].length} nearest of ${vector ? "the vector" : `point ${id}`} in ${ms} ms`;
-    showResults(found.ids[0], found.scores[0], list);
+    showResults(found.ids[0], found.scores[0], found.metadata[0], list);
   } catch (error) {
     note.className = "error";
     note.textContent = error.message;
@@ -147,7 +147,7 @@ async function search(event) {
   }
 }
 
-function showResults(ids, scores, list) {
+function showResults(ids, scores, metadata, list) {
   const metric = known.find((c) => c.name === $("search-collection").value)?.settings.metric;
   const best = Math.max(...scores.map(Math.abs)) || 1;
   list.replaceChildren(...ids.map((id, i) => {
@@ -168,6 +168,13 @@ function showResults(ids, scores, list) {
     score.textContent = scores[i].toFixed(4);
     const share = metric === "l2" ? 1 - scores[i] / (2 * best) : scores[i] / best;
     item.append(rank, again, score, meter(share, `score ${scores[i].toFixed(4)}`));
+    const known = Object.entries(metadata[i]).map(([name, value]) => `${name}: ${value}`);
+    if (known.length) {
+      const words = document.createElement("span");
+      words.className = "metadata quiet";
+      words.textContent = known.join(" · ");
+      item.append(words);
+    }
     return item;
   }));
 }
