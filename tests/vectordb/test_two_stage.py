@@ -10,7 +10,7 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.vectordb import IndexConfig, QuantizedIndex
-from quantforge.vectordb.codec import Codec, Coded, Queries
+from quantforge.vectordb.codec import Codec, Coded
 from quantforge.vectordb.two_stage import first_stages, plan, survivors
 from tests.vectordb.data import recall, skewed
 
@@ -26,9 +26,8 @@ def parts_of(x: torch.Tensor = X, **settings: Any) -> tuple[Codec, Coded]:
     return core.codec, core.rows.coded(slice(None))
 
 
-def full_scores(codec: Codec, coded: Coded, query: torch.Tensor) -> tuple[Queries, torch.Tensor]:
-    queries = codec.queries(query)
-    return queries, codec.scores(queries, coded)
+def full_scores(codec: Codec, coded: Coded, query: torch.Tensor) -> torch.Tensor:
+    return codec.scores(codec.queries(query), coded)
 
 
 CODES = [
@@ -42,10 +41,10 @@ CODES = [
 @pytest.mark.parametrize("settings", CODES, ids=str)
 def test_two_stages_find_what_one_finds_and_read_less(settings: dict[str, Any]) -> None:
     codec, coded = parts_of(**settings)
-    chosen = plan(codec, coded, *full_scores(codec, coded, SAMPLE), K, 0.98)
-    queries, full = full_scores(codec, coded, Q)
-    first = chosen.stage.scores(codec, queries, coded)
-    sigma = chosen.stage.deviation(queries)[:, None] * coded.scales[:, 0].float()
+    chosen = plan(codec, coded, SAMPLE, full_scores(codec, coded, SAMPLE), K, 0.98)
+    full = full_scores(codec, coded, Q)
+    first = chosen.stage.scores(codec, Q, coded)
+    sigma = chosen.stage.deviation(codec, Q)[:, None] * coded.scales[:, 0].float()
     found, count = [], 0
     for i in range(len(Q)):
         rows, values = survivors(first[i], sigma[i], chosen.z, K, lambda r, i=i: full[i, r])
@@ -64,12 +63,12 @@ def test_what_is_not_seen_has_the_deviation_that_is_said(settings: dict[str, Any
     generator = torch.Generator().manual_seed(5)
     x, q = (torch.randn(n, DIM, generator=generator) for n in (2000, 50))
     codec, coded = parts_of(x, **settings)
-    queries, full = full_scores(codec, coded, q)
+    full = full_scores(codec, coded, q)
     stages = first_stages(codec)
     assert [stage.nbytes for stage in stages] == sorted(stage.nbytes for stage in stages)
     for stage in stages:
-        rest = full - stage.scores(codec, queries, coded)
-        sigma = stage.deviation(queries)[:, None] * coded.scales[:, 0].float()
+        rest = full - stage.scores(codec, q, coded)
+        sigma = stage.deviation(codec, q)[:, None] * coded.scales[:, 0].float()
         assert 0.8 < float((rest / sigma).square().mean().sqrt()) < 1.2
         read = [coded.packed[p.group][:, p.start : p.stop].nbytes for p in stage.pieces]
         assert sum(read) / len(x) + 4 == stage.nbytes < codec.row_bytes
@@ -77,7 +76,7 @@ def test_what_is_not_seen_has_the_deviation_that_is_said(settings: dict[str, Any
 
 def test_a_higher_recall_costs_more() -> None:
     codec, coded = parts_of(mode="adapted", bits=4)
-    sample = full_scores(codec, coded, SAMPLE)
+    sample = SAMPLE, full_scores(codec, coded, SAMPLE)
     shares = [plan(codec, coded, *sample, K, r).share for r in (0.5, 0.9, 0.99)]
     assert shares == sorted(shares)
 
@@ -91,7 +90,7 @@ def test_at_least_k_rows_survive() -> None:
 
 def test_codes_in_one_plane_have_no_first_stage() -> None:
     codec, coded = parts_of(mode="centred", bits=4)
-    sample = full_scores(codec, coded, SAMPLE)
+    sample = SAMPLE, full_scores(codec, coded, SAMPLE)
     with pytest.raises(InputError, match="a code of 4 bits in one plane has no cheap part"):
         plan(codec, coded, *sample, K, 0.99)
     with pytest.raises(InputError, match="between 0 and 1"):

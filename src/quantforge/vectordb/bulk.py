@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from quantforge.errors import InputError
+from quantforge.vectordb.querying import fetching
 from quantforge.vectordb.rerank import Fetch
 from quantforge.vectordb.stream import stream_of
 
@@ -21,7 +22,7 @@ REBUILD_ROWS = 1 << 14
 def add_from(index: QuantizedIndex, source: Any, ids: Any) -> int:
     """Add vectors of a stream: `QuantizedIndex.add_from`."""
     stream = stream_of(source, index.dim, learn=not index.is_trained)
-    before, done = (index._core, index._next_id), 0
+    before, last, done = index._core, index._catalog.ids.next_id, 0
     added: list[np.ndarray] = []
     try:
         if not index.is_trained and stream.count != 0:
@@ -33,9 +34,10 @@ def add_from(index: QuantizedIndex, source: Any, ids: Any) -> int:
         if ids is not None and len(ids) != done:
             raise InputError(f"there must be one id for each of {done} vectors; got {len(ids)}")
     except BaseException:
-        index._core, index._next_id = before
-        if added and index._core is not None:
-            index.remove_ids(np.concatenate(added))
+        index._core = before
+        if before is not None:
+            index.remove_ids(np.concatenate([index.ids[:0], *added]))
+            before.catalog.ids.next_id = last
         raise
     return done
 
@@ -45,9 +47,9 @@ def rebuild(index: QuantizedIndex, fetch: Fetch | None) -> None:
     if not len(index):
         raise InputError("the index is empty; train learns from vectors")
     old = index._known
-    if fetch is None and "originals" not in old.rows:
+    if fetch is None and not old.keeps_originals:
         raise InputError('rebuild needs vectors: originals="float16" in the config, or fetch')
-    get = index._fetching(fetch) or old.originals
+    get = fetching(index, fetch) or old.originals
     rows = torch.arange(len(index)).split(REBUILD_ROWS)
     core = index._learn((get(part) for part in rows), None)
     for part in rows:
@@ -78,7 +80,7 @@ def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:
         raise InputError(f"id {name!r} is in both indexes")
     ours.catalog.check_other(theirs.catalog)
     ours.append(theirs.parts())
-    index._next_id = max(index._next_id, other._next_id)
+    ours.catalog.ids.next_id = max(ours.catalog.ids.next_id, theirs.catalog.ids.next_id)
 
 
 def shard(index: QuantizedIndex, count: int) -> list[QuantizedIndex]:

@@ -20,7 +20,7 @@ MIN_LIST = 32
 """Vectors in a list, on average, before lists are made by themselves."""
 
 Metric = Literal["ip", "cosine", "l2"]
-Originals = Literal["none", "float16"]
+Originals = Literal["none", "float16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class IndexConfig:
         nlist: lists (IVF). None is automatic: one, scanned in full, below 10,000 vectors, and about
             2 sqrt(n) above; 0 is always one.
         nprobe: lists that a search looks into; None takes what reaches recall 0.95 in a sample.
-        originals: "float16" keeps the vectors too, for `search(..., rerank=m)`; or "none".
+        originals: "float16" or "int8" keeps the vectors too, for `search(..., rerank=m)`; or
+            "none".
         seed: of the rotations.
 
     Raises:

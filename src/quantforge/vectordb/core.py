@@ -8,6 +8,7 @@ Rows move: those of a list lie together. The catalog follows them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,14 @@ from quantforge.vectordb.bounds import RowBounds
 from quantforge.vectordb.catalog import Catalog
 from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.config import IndexConfig
+from quantforge.vectordb.drift import Monitor
 from quantforge.vectordb.kmeans import ROWS_PER_LIST
 from quantforge.vectordb.lists import Lists, Partition
+from quantforge.vectordb.originals import pack, unpack
 from quantforge.vectordb.rerank import rerank_by
 from quantforge.vectordb.rows import Parts, Rows
 from quantforge.vectordb.table import Table
+from quantforge.vectordb.two_stage import Plan
 
 REPARTITION = 4
 """Lists that only show the way are made anew when so many times as many would be made."""
@@ -41,6 +45,8 @@ class Core:
 
     Attributes:
         catalog: ids and metadata of the rows.
+        monitor: of drift.
+        plans: of searches in two stages, by k and recall, with the rows there were.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class Core:
         self.lists = Lists.of(nothing, len(partition)) if lists is None else lists
         self.catalog = Catalog(self.rows.growing("ids"))
         self.bounds = RowBounds(codec)
+        self.monitor = Monitor(len(codec.mean), config.seed)
+        self.plans: dict[tuple[int, float], tuple[int, Plan]] = {}
 
     def prepare(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return rows (n, dim) as they are stored; `lists` if their codes depend on it.
@@ -71,8 +79,8 @@ class Core:
         parts = {**self.codec.encode(x, lists).parts, "ids": ids}
         if lists is not None:
             parts["lists"] = lists.to(torch.int32)
-        if self.config.originals == "float16":
-            parts["originals"] = x.to(torch.float16)
+        if self.config.originals != "none":
+            parts["originals"] = pack(x, self.config.originals)
         return parts
 
     # ---- rows come, move and go -------------------------------------------------------------
@@ -82,6 +90,8 @@ class Core:
         labels = self._labels(parts)
         self.rows.append(parts)
         self.catalog.append(parts)
+        if "drift" in parts:
+            self.monitor.take(parts["drift"], len(labels))
         self.lists.append(labels)
         if not self.partition.coded:
             wanted = self.config.lists_for(len(self.rows))
@@ -129,6 +139,7 @@ class Core:
         core.catalog = Catalog(core.rows.growing("ids"), table=Table())
         core.catalog.append({"ids": core.rows.ids, **self.catalog.parts(index)})
         core.catalog.ids.next_id = self.catalog.ids.next_id
+        core.monitor = copy.deepcopy(self.monitor)
         return core
 
     def parts(self) -> dict[str, torch.Tensor]:
@@ -177,6 +188,11 @@ class Core:
         self.lists = Lists.of(ordered, nlist)
 
     # ---- reading ----------------------------------------------------------------------------
+
+    @property
+    def keeps_originals(self) -> bool:
+        """Whether vectors are kept beside their codes."""
+        return "originals" in self.rows
 
     @property
     def shelf(self) -> scan.Shelf:
@@ -238,7 +254,7 @@ class Core:
         for name, held in self.catalog.report.items():
             report[name] = report.get(name, 0) + held
         report["lists"] = self.lists.nbytes + self.partition.nbytes
-        report["learned"] = self.codec.nbytes
+        report["learned"] = self.codec.nbytes + self.monitor.nbytes
         report["bounds"] = self.bounds.nbytes
         if self.partition.coded:  # the centroids are the codec's centres
             report["lists"] -= self.partition.centroids.nbytes
@@ -259,4 +275,4 @@ class Core:
 
     def originals(self, index: torch.Tensor) -> torch.Tensor:
         """Return the vectors kept of rows, (m, dim) float32."""
-        return self.rows["originals"][index].float()
+        return unpack(self.rows["originals"][index], len(self.codec.mean))

@@ -23,9 +23,10 @@ Source: Welch, Biometrika 34 (1947), for z; Bonferroni's inequality for the thre
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from quantforge.errors import FormatError
@@ -42,7 +43,7 @@ POWERS = 4
 
 @dataclass(frozen=True)
 class Drift:
-    """What is known of the data that were added.
+    """What is known of the data that were added; those of `merge` and `update` are not counted.
 
     Attributes:
         learned: vectors that the index learned from.
@@ -90,7 +91,7 @@ class Sums:
     def add(self, y: torch.Tensor) -> None:
         """Take in projections (n, directions)."""
         self.count += len(y)
-        self.powers += torch.stack([y.pow(i).sum(0) for i in range(1, POWERS + 1)])
+        self.powers += powers_of(y)
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return mean, variance, and variance of the squared distance from the mean."""
@@ -98,6 +99,11 @@ class Sums:
         v = (second - m * m).clamp_min(0)
         about = fourth - 4 * m * third + 6 * m**2 * second - 3 * m**4
         return m, v, (about - v * v).clamp_min(0)
+
+
+def powers_of(y: torch.Tensor) -> torch.Tensor:
+    """Return the sums over rows of the first four powers of y (n, m), (4, m)."""
+    return torch.stack([y.pow(i).sum(0) for i in range(1, POWERS + 1)])
 
 
 class Monitor:
@@ -110,10 +116,9 @@ class Monitor:
     """
 
     def __init__(self, dim: int, seed: int, tensors: Mapping[str, torch.Tensor] | None = None):
-        generator = torch.Generator().manual_seed(seed)
         count = min(DIRECTIONS, dim)
-        normal = torch.randn(dim, count, generator=generator, dtype=torch.float64)
-        self._directions = torch.linalg.qr(normal)[0]
+        normal = np.random.RandomState(seed).standard_normal((dim, count))
+        self._directions = torch.from_numpy(normal / np.linalg.norm(normal, axis=0))
         self._pivot: torch.Tensor | None = None
         self._learned, self._added = (
             Sums(0, torch.zeros(POWERS, count, dtype=torch.float64)) for _ in range(2)
@@ -122,13 +127,35 @@ class Monitor:
         if tensors is not None:
             self._load(tensors)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        sums = self._learned.powers.nbytes + self._added.powers.nbytes
+        return self._directions.nbytes + sums
+
     def learn(self, x: torch.Tensor) -> None:
         """Take in vectors (n, dim) that the index learns from."""
         self._learned.add(self._project(x))
 
+    def learning(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Yield batches (n, dim) that the index learns from, and take them in."""
+        for batch in batches:
+            self.learn(batch)
+            yield batch
+
     def add(self, x: torch.Tensor) -> None:
         """Take in vectors (n, dim) that are added; warn once if they have drifted."""
-        self._added.add(self._project(x))
+        self.take(self.digest(x), len(x))
+
+    def digest(self, x: torch.Tensor) -> torch.Tensor:
+        """Return all that is wanted of vectors (n, dim), for `take`: their sums, or few as such."""
+        y = self._project(x)
+        return y if len(x) <= POWERS else powers_of(y)
+
+    def take(self, digest: torch.Tensor, n: int) -> None:
+        """Take in what `digest` returned of n vectors that are added."""
+        self._added.count += n
+        self._added.powers += powers_of(digest) if n <= POWERS else digest
         if self._added.count >= FIRST_LOOK << self._looks:
             self._looks = (self._added.count // FIRST_LOOK).bit_length()
             report = self.report()

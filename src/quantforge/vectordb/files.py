@@ -17,6 +17,7 @@ from quantforge.vectordb.catalog import Catalog
 from quantforge.vectordb.codec import CHUNK_ROWS, Codec
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
+from quantforge.vectordb.drift import Monitor
 from quantforge.vectordb.lists import Lists, Partition
 
 FORMAT = 2
@@ -44,7 +45,7 @@ def save(
         lists = {"starts": core.lists.starts, "tail": core.lists.tail}
         lists |= {"centroids": core.partition.centroids, "curve": core.partition.curve}
         tensors |= {f"lists.{name}": lists[name] for name in LISTS}
-        tensors |= core.catalog.tensors()
+        tensors |= core.catalog.tensors() | core.monitor.tensors()
         header["catalog"] = core.catalog.settings()
     metadata = {"index": json.dumps(header)}
     save_file(tensors, path, metadata=metadata, max_shard_size=max_shard_size)
@@ -102,6 +103,7 @@ def _core_of(file: QuantFile, dim: int, config: IndexConfig, header: dict[str, A
     if lists is None:
         lists = Lists.of(torch.zeros(len(parts["ids"]), dtype=torch.int64), 1)
     core = Core(config, codec, partition, parts, lists)
+    core.monitor = Monitor(dim, config.seed, file)
     if "catalog" in header:
         core.catalog = Catalog.load(core.rows.growing("ids"), header["catalog"], file)
     elif len(core.rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from quantforge.errors import InputError
-from quantforge.vectordb import bulk, files
+from quantforge.vectordb import bulk, files, querying
 from quantforge.vectordb.calibrate import Calibration, calibrate
 from quantforge.vectordb.catalog import Catalog, named
-from quantforge.vectordb.checks import nprobe_of, vectors_of
+from quantforge.vectordb.checks import vectors_of
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
+from quantforge.vectordb.drift import Drift, Monitor
 from quantforge.vectordb.learning import learn
+from quantforge.vectordb.querying import Rerank
 from quantforge.vectordb.rerank import Fetch
 from quantforge.vectordb.table import Metadata
 
@@ -150,16 +152,16 @@ class QuantizedIndex:
         ids: Any = None,
         bitmap: Any = None,
         where: Any = None,
-        rerank: int | None = None,
+        rerank: Rerank = None,
         fetch: Fetch | None = None,
+        two_stage: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the k best vectors of each query; equal ones in the order of rows.
 
         Args:
             queries: (q, dim).
             k: results, at most the number of vectors.
-            nprobe: lists to look into; all if there are fewer. More are looked into where these
-                hold fewer than k vectors that may be found.
+            nprobe: lists to look into, and more where they hold fewer than k that may be found.
             recall: look into as many lists as hold this share of the neighbours, by what
                 `calibrate` measured, or a sample when the lists were made.
             ids: only these may be found.
@@ -168,8 +170,11 @@ class QuantizedIndex:
             where: a filter over metadata, such as {"year": {"gte": 2020}, "lang": {"in": ["en"]}};
                 `quantforge.vectordb.where` says what there is.
             rerank: take this many by their codes, and the best of them by the vectors themselves:
-                those kept (`originals="float16"`) or fetched.
+                those kept (`originals` in the config) or fetched. "auto" takes for each query as
+                many as hold `recall` (0.99) of its neighbours, by the standard errors of scores.
             fetch: a function of ids (m,) that returns vectors (m, dim), for rerank.
+            two_stage: read the cheap part of all codes and the rest of those that may be among the
+                best, to find this share of what whole codes find; without lists and filters.
 
         Returns:
             ids (q, k), int64 or strings, and scores (q, k) float32, best first. Where a filter
@@ -178,20 +183,17 @@ class QuantizedIndex:
         Raises:
             InputError: for input that does not fit, or k greater than the index.
         """
-        query = self._vectors(queries, "queries")
-        if type(k) is not int or not 1 <= k <= len(self):
-            raise InputError(f"k must be an integer from 1 to {len(self)} vectors; got {k!r}")
-        if rerank is not None and (type(rerank) is not int or rerank < k):
-            raise InputError(f"rerank must be an integer of at least k={k}; got {rerank!r}")
-        if rerank is not None and fetch is None and "originals" not in self._known.rows:
-            raise InputError('rerank needs vectors: originals="float16" in the config, or fetch')
-        core, allowed = self._known, self._catalog.allowed(ids, bitmap, where)
-        count = k if rerank is None else min(rerank, len(self))
-        scores, rows = core.best(query, count, allowed, self._nprobe(nprobe, recall))
-        if rerank is not None:
-            scores, rows = core.rerank(query, rows, k, self._fetching(fetch))
-        found = core.catalog.ids.names(rows)
-        return found, (-scores if self.config.metric == "l2" else scores).numpy()
+        return querying.search(
+            self,
+            queries,
+            k,
+            nprobe=nprobe,
+            recall=recall,
+            allowed=self._catalog.allowed(ids, bitmap, where),
+            rerank=rerank,
+            fetch=fetch,
+            stages=two_stage,
+        )
 
     def range_search(
         self,
@@ -281,6 +283,10 @@ class QuantizedIndex:
         """
         return calibrate(self, recall, k, queries, truth)
 
+    def drift(self) -> Drift:
+        """Report whether what was added looks like what was learned; `add` warns of it once."""
+        return Monitor(self.dim, 0).report() if self._core is None else self._core.monitor.report()
+
     def rebuild(self, fetch: Fetch | None = None) -> None:
         """Learn anew from the vectors, and code them again.
 
@@ -329,12 +335,7 @@ class QuantizedIndex:
         return self._core.list_report()
 
     def save(self, path: str | PathLike[str], *, max_shard_size: int | str | None = None) -> None:
-        """Write one safetensors file, or shards, which take the place of an old one whole.
-
-        Args:
-            path: of the file.
-            max_shard_size: as for `save_file`: what is beyond it goes to further files.
-        """
+        """Write one file, or shards as `save_file` does; it takes the place of an old one whole."""
         files.save(path, self.dim, self.config, self._core, max_shard_size)
 
     @classmethod
@@ -356,15 +357,6 @@ class QuantizedIndex:
         return Catalog.empty() if self._core is None else self._core.catalog
 
     @property
-    def _next_id(self) -> int:
-        return self._catalog.ids.next_id
-
-    @_next_id.setter
-    def _next_id(self, value: int) -> None:
-        if self._core is not None:
-            self._core.catalog.ids.next_id = value
-
-    @property
     def _known(self) -> Core:
         assert self._core is not None, "asked of an index without rows"
         return self._core
@@ -381,7 +373,10 @@ class QuantizedIndex:
             raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
         if not len(x):
             return new, None
-        core = self._learn([x], None) if self._core is None else self._core
+        if self._core is None:
+            core = self._learn([x], None)
+        else:
+            core, new = self._core, {**new, "drift": self._core.monitor.digest(x)}
         return core.prepare(x, new["ids"]) | new, core
 
     def _prepare_update(
@@ -395,25 +390,11 @@ class QuantizedIndex:
         return rows, parts | self._catalog.check_update(metadata, len(x))
 
     def _learn(self, batches: Iterable[Any], nlist: int | None) -> Core:
-        checked = (self._vectors(batch) for batch in batches)
-        return Core(self.config, *learn(self.config, self.dim, checked, nlist))
-
-    def _nprobe(self, nprobe: int | None, recall: float | None) -> int | None:
-        wanted = nprobe_of(nprobe, recall)
-        return wanted if recall is None else self._known.partition.nprobe_for(recall)
+        monitor = Monitor(self.dim, self.config.seed)
+        checked = monitor.learning(self._vectors(batch) for batch in batches)
+        core = Core(self.config, *learn(self.config, self.dim, checked, nlist))
+        core.monitor = monitor
+        return core
 
     def _rows_of(self, ids: Any, n: int | None = None) -> torch.Tensor:
         return self._catalog.ids.rows_of(ids, n)
-
-    def _fetching(self, fetch: Fetch | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Return what fetches checked vectors by rows."""
-        if fetch is None:
-            return None
-
-        def by_rows(rows: torch.Tensor) -> torch.Tensor:
-            x = self._vectors(fetch(self._catalog.ids.names(rows)), "fetched vectors")
-            if len(x) != len(rows):
-                raise InputError(f"fetch was given {len(rows)} ids and returned {len(x)}")
-            return x
-
-        return by_rows

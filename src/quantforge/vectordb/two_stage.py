@@ -30,8 +30,9 @@ from quantforge.numerics.codebook import load_codebook
 from quantforge.numerics.packing import planes, row_bytes
 from quantforge.numerics.vectors import distortions, plain_spec
 from quantforge.ops.scores.api import scores
+from quantforge.ops.transform import unrotate
 from quantforge.spec import QuantSpec
-from quantforge.vectordb.codec import Codec, Coded, Queries
+from quantforge.vectordb.codec import Codec, Coded
 
 FIRST = 4
 """So many rows, times k, are scored in full to find T."""
@@ -74,19 +75,28 @@ class FirstStage:
     unseen: tuple[float, ...]
     nbytes: int
 
-    def scores(self, codec: Codec, queries: Queries, coded: Coded) -> torch.Tensor:
-        """Return what is seen of the scores (q, n), without the base."""
+    def scores(self, codec: Codec, query: torch.Tensor, coded: Coded) -> torch.Tensor:
+        """Return what is seen of the scores (q, n) of queries (q, dim), without the base."""
+        turned = _turned(codec, query)
         total = coded.offsets.float() * codec.unit
         for piece in self.pieces:
             packed = coded.packed[piece.group][:, piece.start : piece.stop].contiguous()
-            query = queries.groups[piece.group] * piece.gain
-            total = total + scores(query, packed, coded.scales, piece.spec)
+            _, where = codec.groups[piece.group]
+            own = piece.gain * unrotate(turned[:, where], piece.spec, codec.seed)
+            total = total + scores(own, packed, coded.scales, piece.spec)
         return total
 
-    def deviation(self, queries: Queries) -> torch.Tensor:
+    def deviation(self, codec: Codec, query: torch.Tensor) -> torch.Tensor:
         """Return the standard deviation (q,) of what is not seen, at scale 1."""
-        lost = [g.square().sum(-1) * v for g, v in zip(queries.groups, self.unseen, strict=True)]
-        return torch.stack(lost).sum(0).sqrt()
+        turned, lost = _turned(codec, query), torch.zeros(len(query), device=query.device)
+        for (_, where), variance in zip(codec.groups, self.unseen, strict=True):
+            lost += variance * turned[:, where].square().sum(-1)
+        return lost.sqrt()
+
+
+def _turned(codec: Codec, query: torch.Tensor) -> torch.Tensor:
+    seen = 2 * (query - codec.mean) if codec.squared else query
+    return seen @ codec.dual.T
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ def _chances(spec: QuantSpec) -> np.ndarray:
 def plan(
     codec: Codec,
     coded: Coded,
-    queries: Queries,
+    query: torch.Tensor,
     full: torch.Tensor,
     k: int,
     recall: float,
@@ -170,7 +180,7 @@ def plan(
     Args:
         codec: of the rows.
         coded: rows (n,), a sample of them if there are many.
-        queries: like those to come, say 100 of them.
+        query: (q, dim) like those to come, say 100 of them.
         full: (q, n) scores without the base; -inf for a row that is the query itself.
         k: neighbours wanted.
         recall: share of them that may not be lost, below 1.
@@ -192,8 +202,8 @@ def plan(
     scales = coded.scales[:, 0].float()
     plans = []
     for stage in stages:
-        first = stage.scores(codec, queries, coded)
-        sigma = stage.deviation(queries)[:, None] * scales
+        first = stage.scores(codec, query, coded)
+        sigma = stage.deviation(codec, query)[:, None] * scales
         border = best.values[:, -1:]
         behind = (border - first.gather(1, best.indices)) / sigma.gather(1, best.indices)
         z = float(torch.quantile(behind.nan_to_num(0.0).flatten(), recall, interpolation="higher"))

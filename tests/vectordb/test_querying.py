@@ -1,0 +1,118 @@
+"""Searches that choose how much to read: candidates by errors, two stages; and drift."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quantforge.errors import InputError
+from quantforge.vectordb import IndexConfig, QuantizedIndex
+from quantforge.vectordb.querying import plan_of
+from tests.vectordb.data import recall, skewed
+
+DIM, K = 64, 10
+X, Q = skewed(3000, DIM), skewed(80, DIM, 1)
+
+
+def built(**settings: Any) -> QuantizedIndex:
+    index = QuantizedIndex(DIM, IndexConfig(**{"bits": 2, "nlist": 0, **settings}))
+    index.add(X)
+    return index
+
+
+def truth(metric: str) -> torch.Tensor:
+    scores = -torch.cdist(Q, X) if metric == "l2" else Q @ X.T
+    return scores.topk(K, dim=1).indices
+
+
+@pytest.mark.parametrize(("originals", "metric"), [("float16", "ip"), ("int8", "l2")])
+def test_candidates_are_as_many_as_the_recall_needs(originals: str, metric: str) -> None:
+    index, exact = built(originals=originals, metric=metric), truth(metric)
+    plain = recall(torch.from_numpy(index.search(Q, K)[0]), exact)
+    found, scores = index.search(Q, K, rerank="auto")
+    assert recall(torch.from_numpy(found), exact) > max(0.97, plain + 0.03)
+    asked: list[int] = []
+
+    def fetch(ids: np.ndarray) -> torch.Tensor:
+        asked.append(len(ids))
+        return X[ids]
+
+    index.search(Q[:1], K, rerank="auto", recall=0.8, fetch=fetch)
+    index.search(Q[:1], K, rerank="auto", recall=0.999, fetch=fetch)
+    assert K <= asked[0] < asked[1] < 200
+    some, some_scores = index.search(Q, K, rerank="auto", ids=found[0])
+    assert sorted(some[0]) == sorted(found[0])
+    np.testing.assert_allclose(np.sort(some_scores[0]), np.sort(scores[0]), rtol=1e-3)
+
+
+def test_rerank_is_checked() -> None:
+    index = built()
+    with pytest.raises(InputError, match="rerank needs vectors"):
+        index.search(Q, K, rerank="auto")
+    with pytest.raises(InputError, match="or \"auto\"; got 'many'"):
+        index.search(Q, K, rerank="many", fetch=lambda ids: X[ids])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_two_stages_find_what_a_scan_finds(metric: str) -> None:
+    index = built(metric=metric, bits=3)
+    whole, scores = index.search(Q, K)
+    found, values = index.search(Q, K, two_stage=0.99)
+    assert recall(torch.from_numpy(found), torch.from_numpy(whole)) > 0.98
+    same = (found == whole).all(1)
+    assert same.mean() > 0.8
+    np.testing.assert_array_equal(values[same], scores[same])
+    assert index._core is not None
+    plan = plan_of(index._core, K, 0.99)
+    assert plan.share < 0.9
+    assert plan_of(index._core, K, 0.99) is plan
+    with pytest.raises(InputError, match="without lists and a search without filter"):
+        index.search(Q, K, two_stage=0.99, ids=[1, 2])
+
+
+@pytest.mark.parametrize("originals", ["float16", "int8"])
+def test_originals_follow_their_vectors(originals: str, tmp_path: Path) -> None:
+    index = built(originals=originals, bits=1)
+    index.remove_ids(np.arange(100))
+    index.update([200], X[:1])
+    index.save(tmp_path / "index")
+    loaded = QuantizedIndex.load(tmp_path / "index")
+    loaded.add(X[1:50], ids=np.arange(9001, 9050))
+    for each, number, x in ((index, 200, X[0]), (loaded, 700, X[700]), (loaded, 9007, X[7])):
+        ids, scores = each.search(x[None], 1, rerank=3000, ids=[number])
+        assert ids[0, 0] == number
+        assert scores[0, 0] == pytest.approx(float(x @ x), rel=0.01)
+    per_vector = 2 * DIM if originals == "float16" else DIM + 4
+    assert index.memory_report()["originals"] == pytest.approx(2900 * per_vector, rel=0.01)
+
+
+def test_drift_is_reported_warned_of_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = built()
+    report = index.drift()
+    assert (report.learned, report.added, report.found) == (3000, 0, False)
+    index.add(skewed(1500, DIM, 2))
+    for start in range(3):
+        index.add(skewed(3, DIM, 3 + start))
+    report = index.drift()
+    assert (report.added, report.found) == (1509, False)
+    assert "no drift" in str(report)
+    index.save(tmp_path / "index")
+    loaded = QuantizedIndex.load(tmp_path / "index")
+    assert loaded.drift() == report
+    with caplog.at_level(logging.WARNING, logger="quantforge.vectordb.drift"):
+        loaded.add(skewed(1500, DIM, 9) + 0.1)
+        loaded.add(skewed(3000, DIM, 10) + 0.1)
+    assert loaded.drift().found
+    assert not index.drift().found
+    assert len(caplog.records) == 1
+    with pytest.raises(InputError):
+        index.add(X * torch.nan)
+    assert index.drift() == report
+    assert not QuantizedIndex(DIM).drift().found
