@@ -80,10 +80,12 @@ class QuantForgeCache(PromptCache, DynamicCache):
         if max_cache_len is not None and offloading:
             raise ConfigError("a cache with max_cache_len has fixed addresses; it cannot offload")
         used = (self.options, *self.overrides.values())
-        if max_cache_len is not None and any(o.importance or o.head_bits for o in used):
+        if max_cache_len is not None and any(
+            o.importance or o.head_bits or o.outlier_bits is not None for o in used
+        ):
             raise ConfigError(
-                "importance and head_bits belong to caches that grow; leave out max_cache_len, or "
-                "them"
+                "importance, head_bits and outlier_bits belong to caches that grow; leave out "
+                "max_cache_len, or them"
             )
         self._config = None if config is None else config.get_text_config(decoder=True)
         Cache.__init__(

@@ -19,6 +19,7 @@ import torch
 from quantforge.errors import ConfigError, FormatError, InputError, UnsupportedError
 from quantforge.io import QuantFile, open_file, save_file
 from quantforge.llm.fingerprint import fingerprint
+from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.layer_kinds import KINDS, kind_of
 from quantforge.llm.options import CacheConfig
 from quantforge.llm.saved_layers import Fields, Tensors
@@ -32,6 +33,8 @@ ENTRY_FIELDS: dict[str, Any] = {
     "layers": list,
 }
 SETTINGS = {field.name for field in dataclasses.fields(CacheConfig)}
+LATER = {"outlier_bits": None}
+"""Settings that older files lack, and what they then are; they are written where they differ."""
 
 
 def save_cache(
@@ -54,12 +57,27 @@ def save_cache(
         layers.append({"kind": name, **numbers})
     entry = {
         "version": VERSION,
-        "settings": dataclasses.asdict(cache.options),
-        "overrides": {i: dataclasses.asdict(options) for i, options in cache.overrides.items()},
+        "settings": _written(cache.options),
+        "overrides": {i: _written(options) for i, options in _overrides(cache).items()},
         "model": None if model is None else fingerprint(model),
         "layers": layers,
     }
     save_file(tensors, path, metadata={ENTRY: json.dumps(entry), **metadata})
+
+
+def _written(options: CacheConfig) -> Fields:
+    fields = dataclasses.asdict(options)
+    return {name: x for name, x in fields.items() if name not in LATER or x != LATER[name]}
+
+
+def _overrides(cache: Any) -> dict[int, CacheConfig]:
+    """Return the settings of layers that differ from those of the cache, found ones included."""
+    found = {
+        index: layer.options
+        for index, layer in enumerate(cache.layers)
+        if isinstance(layer, QuantForgeLayer) and layer.options != layer.given
+    }
+    return cache.overrides | found
 
 
 def load_cache(
@@ -216,6 +234,8 @@ def _settings(
 
 
 def _config(where: str, values: Any, layout: str | None) -> CacheConfig:
+    if isinstance(values, dict):
+        values = LATER | values
     _check_fields(where, values, SETTINGS)
     chosen = {} if layout is None else {"layout": layout}
     try:

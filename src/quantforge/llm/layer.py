@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,8 @@ from quantforge.errors import ConfigError, InputError
 from quantforge.llm.heads import HeadGroups
 from quantforge.llm.importance import choose
 from quantforge.llm.observe import RECENT, Queries, WatchedTensor
-from quantforge.llm.options import CacheConfig
+from quantforge.llm.options import Bits, CacheConfig
+from quantforge.llm.outliers import loud_heads
 from quantforge.llm.paged import PageFormat
 from quantforge.llm.segments import SegmentedTensor
 from quantforge.llm.store import Store
@@ -50,7 +52,7 @@ class QuantForgeLayer(CacheLayerMixin):
 
     def __init__(self, options: CacheConfig) -> None:
         # CacheLayerMixin.__init__ would assign keys and values, which are properties here
-        self.options = options
+        self.options = self.given = options
         self.is_initialized = False
         self.reset()
 
@@ -179,7 +181,8 @@ class QuantForgeLayer(CacheLayerMixin):
     @property
     def _waits(self) -> bool:
         """Whether packing waits for the queries of an update: they decide how, or what, to pack."""
-        measures = self.options.equalizer and self._keys.n_packed == 0
+        looks = self.options.equalizer or self.options.outlier_bits is not None
+        measures = looks and self._keys.n_packed == 0
         return (measures or bool(self._shares)) and not torch.compiler.is_compiling()
 
     def _see(
@@ -204,9 +207,22 @@ class QuantForgeLayer(CacheLayerMixin):
         """Pack what has left the window."""
         if self._keys.due:
             block, real = self._block(), self._real()
+            if self.options.outlier_bits is not None and not self._keys.n_packed:
+                self._raise_outliers(self.options.outlier_bits, real)
             self._keys.pack(self._queries.rms, block, real)
             self._values.pack(None, block, real)
             self._values.slots = self._keys.slots  # one map for both
+
+    def _raise_outliers(self, bits: Bits, real: torch.Tensor | None) -> None:
+        """Give heads with outliers their bits, once, before anything is packed."""
+        if self.is_sliding:  # whose packed rows leave by age
+            return
+        heads = {*loud_heads(self._keys, self._queries.rms, real)}
+        heads |= {*loud_heads(self._values, None, real)}
+        self.options = replace(
+            self.options, outlier_bits=None, head_bits=dict.fromkeys(sorted(heads), bits)
+        )
+        self._divide_heads(self._keys.heads)
 
     def _real(self) -> torch.Tensor | None:
         """Return which dense tokens are no padding, (B, n_dense) bool; None for all."""
@@ -293,6 +309,7 @@ class QuantForgeLayer(CacheLayerMixin):
         """Forget all tokens."""
         self._keys = self._values = None
         self.is_initialized = False
+        self.options = self.given
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; codes of the others stay as they are.

@@ -39,6 +39,8 @@ class CacheConfig:
             included. What it leaves beyond `bits` is shared equally by the tiers of `importance`.
         head_bits: {key head: bits} of heads that differ from `bits`, in keys, values or both. Heads
             of the same bits are stored and attended to together, each such group by itself.
+        outlier_bits: bits, above `bits`, of heads that still have outliers once their channels are
+            equalized: found when the first page is packed, and reported. None leaves them.
         key_scale_rule: what the scale of a key preserves.
         value_scale_rule: what the scale of a value preserves.
         codebook: see `QuantSpec`.
@@ -59,6 +61,7 @@ class CacheConfig:
     importance: tuple[Bits, ...] = ()
     budget: float | None = None
     head_bits: Mapping[int, Bits] = field(default_factory=dict, hash=False)
+    outlier_bits: Bits | None = None
     key_scale_rule: ScaleRule = "norm"
     value_scale_rule: ScaleRule = "unbiased"
     codebook: CodebookName = "lloyd_max"
@@ -74,7 +77,9 @@ class CacheConfig:
         object.__setattr__(self, "bits", _checked(self.bits))
         object.__setattr__(self, "importance", tuple(map(_checked, self.importance)))
         object.__setattr__(self, "head_bits", heads)
-        for bits in (self.bits, *self.importance, *heads.values()):
+        more = () if self.outlier_bits is None else (_checked(self.outlier_bits),)
+        object.__setattr__(self, "outlier_bits", more[0] if more else None)
+        for bits in (self.bits, *self.importance, *heads.values(), *more):
             key, value = pair(bits)  # check the rest; dim 64 has every rotation
             self._spec(64, key, self.key_scale_rule), self._spec(64, value, self.value_scale_rule)
         self._check_tiers()
@@ -93,11 +98,19 @@ class CacheConfig:
             )
         if self.importance and self.head_bits:
             raise ConfigError("importance and head_bits exclude each other; use one of them")
+        if self.outlier_bits is not None:
+            self._check_outlier_bits(self.outlier_bits)
         if self.budget is not None and not rising[0] / 2 < self.budget < rising[1] / 2 + 1:
             raise ConfigError(
                 f"budget must lie above the {rising[0] / 2:g} bits of all tokens and below the "
                 f"{rising[1] / 2:g} bits of the first tier; got {self.budget}"
             )
+
+    def _check_outlier_bits(self, bits: Bits) -> None:
+        if self.importance or self.head_bits:
+            raise ConfigError("outlier_bits excludes importance and head_bits; use one of them")
+        if any(a < b for a, b in zip(pair(bits), pair(self.bits), strict=True)):
+            raise ConfigError(f"outlier_bits must not be below bits={self.bits!r}; got {bits!r}")
 
     @property
     def tiers(self) -> tuple[tuple[int, int], ...]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from quantforge.llm.layer import QuantForgeLayer
+from quantforge.llm.outliers import LOUD, loudness
 from quantforge.llm.store import Store
 from quantforge.numerics.codebook import load_codebook
 from quantforge.numerics.lloyd_max import distortion
@@ -27,9 +28,6 @@ from quantforge.spec import QuantSpec
 
 BIASED = 1.0
 """Key bias from which the mean, left in, would take most of the bits."""
-LOUD = 4.0
-"""Loudest over median channel from which equalizing is worth a word: two bits of a channel."""
-
 
 Scores = tuple[float | None, float | None, float | None, float | None]
 
@@ -158,8 +156,16 @@ def _quantized(index: int, layer: QuantForgeLayer, nbytes: int) -> LayerReport:
         *(index, type(layer).__name__, tokens, keys.n_packed, sinks, keys.n_dense - sinks),
         *(_bits(keys, values), nbytes, 8 * nbytes / numbers if numbers else None),
         *scores,
-        _done(keys, values, scores),
+        (*_done(keys, values, scores), *_raised(layer)),
     )
+
+
+def _raised(layer: QuantForgeLayer) -> tuple[str, ...]:
+    """Say which heads got more bits, where that was found when the first page was packed."""
+    if layer.options == layer.given or not layer.options.head_bits:
+        return ()
+    heads = ", ".join(map(str, layer.options.head_bits))
+    return (f"outliers left in heads {heads}: raised to {layer.given.outlier_bits} bits",)
 
 
 def _bits(keys: Store, values: Store) -> str:
@@ -180,13 +186,8 @@ def _scores(keys: Store, values: Store) -> Scores:
         return None, None, None, None
     mean, rms = keys.moments
     bias = float((mean.norm(dim=-1) / rms.norm(dim=-1).clamp_min(1e-30)).max())
-    loud = [_loudness(store.moments[1]) for store in (keys, values)]  # type: ignore[index]
+    loud = [float(loudness(store.moments[1]).max()) for store in (keys, values)]  # type: ignore[index]
     return bias, loud[0], loud[1], _logit_error(keys, rms)
-
-
-def _loudness(rms: torch.Tensor) -> float:
-    median = rms.median(-1).values
-    return float((rms.amax(-1) / median.clamp_min(1e-30)).max())
 
 
 def _logit_error(keys: Store, rms: torch.Tensor) -> float | None:

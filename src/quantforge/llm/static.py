@@ -51,10 +51,10 @@ class QuantForgeStaticLayer(QuantForgeLayer):
 
     def __init__(self, options: CacheConfig, max_cache_len: int) -> None:
         check_int("max_cache_len", max_cache_len, 1, 1 << 30)
-        if options.importance or options.head_bits:
+        if options.importance or options.head_bits or options.outlier_bits is not None:
             raise ConfigError(
                 "a cache with max_cache_len keeps all tokens and heads at the same bits; leave out "
-                "importance, budget and head_bits, or max_cache_len"
+                "importance, budget, head_bits and outlier_bits, or max_cache_len"
             )
         self.max_cache_len = max_cache_len
         super().__init__(options)
