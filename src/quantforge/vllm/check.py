@@ -73,30 +73,6 @@ def check(llm: Any) -> Report:
             "vLLM with quantforge.vllm.options(...)"
         )
     ranks = llm.collective_rpc("quantforge_report")
-    bits: dict[str, tuple[int, int]]
-
-    @property
-    def ratio(self) -> float:
-        """Tokens for each that a 16-bit cache would hold."""
-        return self.dense_bytes / self.token_bytes
-
-
-def check(llm: Any) -> Report:
-    """Ask the workers what they store.
-
-    Args:
-        llm: a `vllm.LLM` that was started with `options`.
-
-    Raises:
-        UnsupportedError: if a layer's cache is not packed, with its name.
-    """
-    try:
-        ranks = llm.collective_rpc("quantforge_report")
-    except (AttributeError, NotImplementedError) as error:
-        raise UnsupportedError(
-            f"the workers know nothing of quantforge ({error}); start vLLM with "
-            "quantforge.vllm.options(...)"
-        ) from error
     bits: dict[str, tuple[int, int]] = {}
     token_bytes = 0
     for rank in ranks:
