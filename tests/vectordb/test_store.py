@@ -108,7 +108,7 @@ def test_a_base_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         same(store.index, expected)
         store.verify()
     next(tmp_path.glob("base-*-00002-of-*")).unlink()
-    with pytest.raises(FormatError, match="-00002-of-.* is missing"):
+    with pytest.raises(FormatError, match=r"-00002-of-.* is missing"):
         IndexStore.open(tmp_path)
 
 

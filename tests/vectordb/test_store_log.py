@@ -175,7 +175,7 @@ def test_files_that_are_no_log(path: Path) -> None:
         with pytest.raises(FormatError, match=message):
             read(path)
     path.unlink()
-    with pytest.raises(FormatError, match="log-00000001.qf is missing"):
+    with pytest.raises(FormatError, match=r"log-00000001\.qf is missing"):
         read(path)
 
 

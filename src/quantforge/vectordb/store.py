@@ -332,11 +332,11 @@ class IndexStore:
         if not len(change.parts["ids"]):
             return
         lists = state.index.nlist
-        if self._batch is None:
-            state.log.append(changes.encode([change]))
-        else:
-            self._batch.append(change)
         with self._forgetting():
+            if self._batch is None:
+                state.log.append(changes.encode([change]))
+            else:
+                self._batch.append(change)
             changes.apply(state.index, change)
         if state.index.nlist != lists:
             self._keep_lists()
@@ -354,7 +354,8 @@ class IndexStore:
     def _learn(self, call: Callable[[QuantizedIndex], Result]) -> Result:
         """Change what is known of the data, which only a new base can hold."""
         state = self._writable()
-        index = state.index.copy()  # of no vectors: nothing else may be trained
+        # a copy of no vectors; an index that has some refuses
+        index = state.index if len(state.index) else state.index.copy()
         result = call(index)
         if not index.is_trained:
             return result
