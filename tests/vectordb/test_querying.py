@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantforge.errors import InputError
+from quantforge.errors import FormatError, InputError
 from quantforge.vectordb import IndexConfig, QuantizedIndex
 from quantforge.vectordb.querying import plan_of
 from tests.vectordb.data import recall, skewed
@@ -89,6 +89,43 @@ def test_originals_follow_their_vectors(originals: str, tmp_path: Path) -> None:
         assert scores[0, 0] == pytest.approx(float(x @ x), rel=0.01)
     per_vector = 2 * DIM if originals == "float16" else DIM + 4
     assert index.memory_report()["originals"] == pytest.approx(2900 * per_vector, rel=0.01)
+
+
+@pytest.mark.parametrize("originals", ["float16", "int8"])
+@pytest.mark.parametrize("nlist", [0, 10])
+def test_originals_may_lie_in_a_file(originals: str, nlist: int, tmp_path: Path) -> None:
+    ours, theirs = (built(originals=originals, nlist=nlist) for _ in range(2))
+    ours.move_originals(tmp_path / "originals")
+    for index in (ours, theirs):
+        index.remove_ids(np.arange(100))
+        index.update([200], X[:1])
+        index.add(X[1:50], ids=np.arange(9001, 9050))
+    ours.save(tmp_path / "index")
+    (tmp_path / "moved").mkdir()
+    for name in ("index", "originals"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    loaded = QuantizedIndex.load(tmp_path / "moved" / "index")
+    loaded.add(X[50:60], ids=np.arange(8000, 8010))
+    theirs.add(X[50:60], ids=np.arange(8000, 8010))
+    joined, other = loaded.shard(2)
+    joined.merge(other)
+    held = theirs.memory_report()["originals"]
+    for index in (loaded, loaded.copy(), joined):
+        for a, b in zip(index.search(Q, K, rerank=50), theirs.search(Q, K, rerank=50), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert index.memory_report()["originals"] == 0 < held
+    loaded.rebuild()
+    theirs.rebuild()
+    np.testing.assert_array_equal(
+        loaded.search(Q, K, rerank=50)[1], theirs.search(Q, K, rerank=50)[1]
+    )
+    (tmp_path / "moved" / "originals").rename(tmp_path / "away")
+    with pytest.raises(FormatError, match=r"originals is missing: .* put it there again"):
+        QuantizedIndex.load(tmp_path / "moved" / "index")
+    with pytest.raises(InputError, match="keeps no vectors"):
+        built().move_originals(tmp_path / "more")
+    with pytest.raises(InputError, match="away exists"):
+        theirs.move_originals(tmp_path / "away")
 
 
 def test_drift_is_reported_warned_of_and_kept(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,7 +57,22 @@ def rebuild(index: QuantizedIndex, fetch: Fetch | None) -> None:
         parts = core.prepare(get(part), old.rows.ids[part])
         core.append(parts | old.catalog.parts(part))
     core.catalog.ids.next_id = old.catalog.ids.next_id
+    if old.file is not None:
+        before = old.catalog.ids.rows_of(core.catalog.ids.names(torch.arange(len(core.rows))))
+        core.rows.exchange("originals", "places", old.rows["places"][before])
+        core.file = old.file
     index._core = core
+
+
+def move_originals(index: QuantizedIndex, path: str | PathLike[str]) -> None:
+    """Move the kept vectors into a file: `QuantizedIndex.move_originals`.
+
+    The index and its copies know the file by its path. An `IndexStore` keeps the move with its next
+    `compact`: call that before anything is added.
+    """
+    if index._core is None:
+        raise InputError("the index has learned nothing yet; train it or add vectors first")
+    index._core.move_originals(path)
 
 
 def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:

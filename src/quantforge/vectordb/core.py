@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 
+from quantforge.errors import InputError
 from quantforge.vectordb import learning, scan
 from quantforge.vectordb.bounds import RowBounds
 from quantforge.vectordb.catalog import Catalog
@@ -23,12 +25,13 @@ from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.drift import Monitor
 from quantforge.vectordb.kmeans import ROWS_PER_LIST
 from quantforge.vectordb.lists import Lists, Partition
-from quantforge.vectordb.originals import pack, unpack
+from quantforge.vectordb.originals import Kind, OriginalsFile, pack, unpack
 from quantforge.vectordb.rerank import rerank_by
 from quantforge.vectordb.rows import Parts, Rows
 from quantforge.vectordb.table import Table
 from quantforge.vectordb.two_stage import Plan
 
+MOVED_ROWS = 1 << 14
 REPARTITION = 4
 """Lists that only show the way are made anew when so many times as many would be made."""
 
@@ -46,6 +49,7 @@ class Core:
     Attributes:
         catalog: ids and metadata of the rows.
         monitor: of drift.
+        file: of the vectors that are kept, if they are not in memory.
         plans: of searches in two stages, by k and recall, with the rows there were.
     """
 
@@ -58,6 +62,7 @@ class Core:
         lists: Lists | None = None,
     ) -> None:
         self.config, self.codec, self.partition = config, codec, partition
+        self.file: OriginalsFile | None = None
         nothing = torch.empty(0, dtype=torch.int64)
         if parts is None:
             parts = self.prepare(torch.empty(0, len(codec.mean)), nothing)
@@ -79,7 +84,9 @@ class Core:
         parts = {**self.codec.encode(x, lists).parts, "ids": ids}
         if lists is not None:
             parts["lists"] = lists.to(torch.int32)
-        if self.config.originals != "none":
+        if self.file is not None:
+            parts["places"] = self.file.append(x)
+        elif self.config.originals != "none":
             parts["originals"] = pack(x, self.config.originals)
         return parts
 
@@ -88,6 +95,9 @@ class Core:
     def append(self, parts: Parts) -> None:
         """Add rows that `prepare` made, at the end; then rows may move."""
         labels = self._labels(parts)
+        if self.file is not None and "places" not in parts:
+            x = unpack(parts["originals"], len(self.codec.mean))
+            parts = {**parts, "places": self.file.append(x)}
         self.rows.append(parts)
         self.catalog.append(parts)
         if "drift" in parts:
@@ -139,7 +149,7 @@ class Core:
         core.catalog = Catalog(core.rows.growing("ids"), table=Table())
         core.catalog.append({"ids": core.rows.ids, **self.catalog.parts(index)})
         core.catalog.ids.next_id = self.catalog.ids.next_id
-        core.monitor = copy.deepcopy(self.monitor)
+        core.monitor, core.file = copy.deepcopy(self.monitor), copy.deepcopy(self.file)
         return core
 
     def parts(self) -> dict[str, torch.Tensor]:
@@ -148,6 +158,8 @@ class Core:
         if self.partition.coded:
             every = torch.arange(len(self.rows))
             parts["lists"] = self.lists.of_rows(every).to(torch.int32)
+        if parts.pop("places", None) is not None:  # which mean nothing elsewhere
+            parts["originals"] = pack(self.originals(torch.arange(len(self.rows))), self._kind)
         return parts
 
     def has_code_of(self, other: Core) -> bool:
@@ -192,7 +204,19 @@ class Core:
     @property
     def keeps_originals(self) -> bool:
         """Whether vectors are kept beside their codes."""
-        return "originals" in self.rows
+        return self.config.originals != "none"
+
+    def move_originals(self, path: str | PathLike[str]) -> None:
+        """Move the vectors that are kept into a new file, where new ones follow.
+
+        Raises:
+            InputError: for a path that is taken.
+        """
+        file = OriginalsFile.create(path, len(self.codec.mean), self._kind)
+        rows = torch.arange(len(self.rows)).split(MOVED_ROWS)
+        places = torch.cat([file.append(self.originals(part)) for part in rows])
+        self.rows.exchange("originals" if self.file is None else "places", "places", places)
+        self.file = file
 
     @property
     def shelf(self) -> scan.Shelf:
@@ -275,4 +299,12 @@ class Core:
 
     def originals(self, index: torch.Tensor) -> torch.Tensor:
         """Return the vectors kept of rows, (m, dim) float32."""
+        if self.file is not None:
+            return self.file.take(self.rows["places"][index])
         return unpack(self.rows["originals"][index], len(self.codec.mean))
+
+    @property
+    def _kind(self) -> Kind:
+        if self.config.originals == "none":
+            raise InputError('the index keeps no vectors; use originals="float16" or "int8"')
+        return self.config.originals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
 from quantforge.vectordb.drift import Monitor
 from quantforge.vectordb.lists import Lists, Partition
+from quantforge.vectordb.originals import OriginalsFile
 
 FORMAT = 2
 LEARNED = ("mean", "equalizer", "basis", "step", "weights", "bits", "errors")
@@ -42,6 +44,8 @@ def save(
         tensors |= {name: torch.from_numpy(np.array(getattr(code, name))) for name in names}
         header |= {"coded": core.partition.coded, "nprobe": core.partition.nprobe}
         header["mode"] = core.codec.mode
+        if core.file is not None:
+            header["originals"] = _name_from(Path(path), core.file.path)
         lists = {"starts": core.lists.starts, "tail": core.lists.tail}
         lists |= {"centroids": core.partition.centroids, "curve": core.partition.curve}
         tensors |= {f"lists.{name}": lists[name] for name in LISTS}
@@ -70,7 +74,7 @@ def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
             dim, config = header["dim"], IndexConfig.from_dict(header["config"])
             core = None
             if header["learned"]:
-                core = _core_of(file, dim, config, header)
+                core = _core_of(Path(path), file, dim, config, header)
                 if version == 1:
                     _offsets_of_format_1(core)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -78,7 +82,31 @@ def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
     return dim, config, core
 
 
-def _core_of(file: QuantFile, dim: int, config: IndexConfig, header: dict[str, Any]) -> Core:
+def _name_from(path: Path, other: Path) -> str:
+    """Return how an index at path names another file: one beside it by its name alone."""
+    other = other.resolve()
+    return other.name if other.parent == path.resolve().parent else str(other)
+
+
+def _originals_of(path: Path, name: str, dim: int, config: IndexConfig) -> OriginalsFile:
+    where = path.parent / name
+    try:
+        found = OriginalsFile(where)
+    except FileNotFoundError as error:
+        raise FormatError(
+            f"{where} is missing: it holds the originals of {path}; put it there again"
+        ) from error
+    if (found.dim, found.kind) != (dim, config.originals):
+        raise FormatError(
+            f"{where} holds {found.kind} vectors of dim {found.dim}; {path} needs "
+            f"{config.originals} of dim {dim}"
+        )
+    return found
+
+
+def _core_of(
+    path: Path, file: QuantFile, dim: int, config: IndexConfig, header: dict[str, Any]
+) -> Core:
     partition, lists = Partition.single(dim), None
     if header["format"] > 1:
         found = {name: file[f"lists.{name}"] for name in LISTS}
@@ -98,12 +126,15 @@ def _core_of(file: QuantFile, dim: int, config: IndexConfig, header: dict[str, A
     codec = Codec(code, mode, config.seed, squared=squared, centres=centres)
     groups = [f"packed{i}" for i in range(len(codec.groups))]
     names = [*groups, "scales", "offsets", "ids"]
-    names += ["originals"] if config.originals != "none" else []
+    if config.originals != "none":
+        names.append("places" if "originals" in header else "originals")
     parts = {name: file[name] for name in names}
     if lists is None:
         lists = Lists.of(torch.zeros(len(parts["ids"]), dtype=torch.int64), 1)
     core = Core(config, codec, partition, parts, lists)
     core.monitor = Monitor(dim, config.seed, file)
+    if "originals" in header:
+        core.file = _originals_of(path, header["originals"], dim, config)
     if "catalog" in header:
         core.catalog = Catalog.load(core.rows.growing("ids"), header["catalog"], file)
     elif len(core.rows):

@@ -107,10 +107,10 @@ class QuantizedIndex:
 
         Args:
             vectors: (n, dim), numpy or torch.
-            ids: (n,) integers from 0, or strings, new to the index; integers are numbered on from
-                the greatest if None. The first ones decide which kind there is.
-            metadata: values by column, each a sequence of n, or a list of n mappings: integers,
-                floats, bools, strings, or None where there is no value.
+            ids: (n,) new integers from 0, or strings: the first ones decide. If None, integers are
+                numbered on from the greatest.
+            metadata: values by column, n each, or n mappings: integers, floats, bools, strings, or
+                None for no value.
 
         Returns:
             The ids, (n,) int64 or strings.
@@ -167,8 +167,7 @@ class QuantizedIndex:
             ids: only these may be found.
             bitmap: (ceil(n / 8),) uint8, bit `i % 8` of byte `i // 8` set where row i may be found
                 (`numpy.packbits(allowed, bitorder="little")`).
-            where: a filter over metadata, such as {"year": {"gte": 2020}, "lang": {"in": ["en"]}};
-                `quantforge.vectordb.where` says what there is.
+            where: a filter over metadata such as {"year": {"gte": 2020}}, see `vectordb.where`.
             rerank: take this many by their codes, and the best of them by the vectors themselves:
                 those kept (`originals` in the config) or fetched. "auto" takes for each query as
                 many as hold `recall` (0.99) of its neighbours, by the standard errors of scores.
@@ -252,10 +251,7 @@ class QuantizedIndex:
     def update(self, ids: Any, vectors: Any, metadata: Metadata | None = None) -> None:
         """Replace vectors, (m, dim); those that go to another list get another row.
 
-        Args:
-            ids: (m,) of vectors that are there.
-            vectors: (m, dim).
-            metadata: new values, as for `add`; columns that it does not name stay as they are.
+        Columns of metadata that are given are replaced too; others stay as they are.
         """
         rows, parts = self._prepare_update(ids, vectors, metadata)
         if len(rows):
@@ -311,6 +307,10 @@ class QuantizedIndex:
     def shard(self, count: int) -> list[QuantizedIndex]:
         """Return `count` indexes that have every count-th vector each; `merge` joins them again."""
         return bulk.shard(self, count)
+
+    def move_originals(self, path: str | PathLike[str]) -> None:
+        """Move the kept vectors into a new safetensors file, to which those to come are added."""
+        bulk.move_originals(self, path)
 
     def copy(self) -> QuantizedIndex:
         """Return an index of its own with the same vectors."""

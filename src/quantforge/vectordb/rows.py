@@ -4,7 +4,8 @@ packed0, packed1, ...   (n, row_bytes) uint8, codes of a group of directions
 scales                  (n, 1) fp16
 offsets                 (n,) fp16
 ids                     (n,) int64
-originals               (n, dim) fp16, if they are kept
+originals               vectors that are kept (`originals`), or
+places                  (n,) int64, where they are in their file
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ class Rows:
     def growing(self, name: str) -> Growing:
         """Return the buffer of a part, for those who follow it."""
         return self._parts[name]
+
+    def exchange(self, name: str, other: str, rows: torch.Tensor) -> None:
+        """Hold another part in the place of one."""
+        del self._parts[name]
+        self._parts[other] = Growing(rows)
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
