@@ -40,7 +40,7 @@ def test_bash(offered: Callable[..., list[str]]) -> None:
     assert offered("") == [*COMMANDS, "--help", "--version"]
     assert offered("co") == ["compress", "completion"]
     assert offered("index", "") == [*ACTIONS, "--help", "--verbose"]
-    assert offered("index", "build", "a.npy", "--m") == ["--mode", "--metric"]
+    assert offered("index", "build", "a.npy", "--me") == ["--metadata", "--metric"]
     assert offered("index", "build", "--metric", "") == ["ip", "cosine", "l2"]
     assert offered("compress", "") == []  # files, by bash itself
     assert offered("compress", "--scale-r") == ["--scale-rule"]

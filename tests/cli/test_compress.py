@@ -111,6 +111,21 @@ def test_info(folder: Path, run: Run, run_json: Callable[..., Any]) -> None:
     assert [array["name"] for array in run_json("info", "two.npz")["arrays"]] == ["a", "b"]
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_codes(folder: Path, run: Run) -> None:
+    for name in ("data.npz", "data.safetensors"):
+        run("compress", "data.npy", "-o", name, "--equalizer", "--device", "cuda")
+    run("compress", "data.npy", "-o", "cpu.npz", "--equalizer")
+    assert torch.equal(load_npz("data.npz"), load_npz("cpu.npz"))
+    assert torch.equal(load_file("data.safetensors")["vectors"], load_npz("cpu.npz"))
+    run("decompress", "data.npz", "-o", "gpu.npy", "--device", "cuda")
+    run("decompress", "data.npz", "-o", "cpu.npy")
+    np.testing.assert_allclose(np.load("gpu.npy"), np.load("cpu.npy"), rtol=0, atol=1e-5)
+    found = [run("search", "data.npz", "queries.npy", "-k", "1", "--device", device).split()[2::4]
+             for device in ("cpu", "cuda")]  # fmt: skip
+    assert found[0] == found[1] == ["0", "1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

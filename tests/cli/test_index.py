@@ -235,6 +235,9 @@ def test_string_ids_and_metadata(
         assert all(rows[i]["year"] >= 2010 and rows[i]["lang"] == "en" for i in hits)
     run("search", name, "queries.npy", "--where", '{"year": 1999}', "-k", "1", "-o", "none.npz")
     assert np.load("none.npz")["ids"].tolist() == [[""]] * 5
+    assert not run("search", name, "queries.npy", "--where", '{"year": 1999}')
+    none = run("search", name, "queries.npy", "--where", '{"year": 1999}', "--json")
+    assert json.loads(none.splitlines()[4]) == {"query": 4, "ids": [], "scores": []}
     table = pa.table({"year": [1999] * 5, "lang": ["fr"] * 5, "x": [[1.0]] * 5})
     parquet.write_table(table, "rows.parquet")
     np.save("ids.npy", np.array(["a", "b", "c", "d", "e"]))

@@ -53,14 +53,14 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
     assert not HEAVY & loaded
 
 
-@pytest.mark.parametrize("line", [[], ["benchmark"], ["index", "build"]], ids=" ".join)
-def test_help_is_quick(tmp_path: Path, line: list[str]) -> None:
-    """CPU time beyond that of python itself; the least of five, as others share the cores."""
-    call = ["-m", "quantforge.cli", *line, "--help"]
-    python(*call, cache=tmp_path)
-    bare = min(python("-c", "pass", cache=tmp_path)[1] for _ in range(5))
-    taken = min(python(*call, cache=tmp_path)[1] for _ in range(5))
-    assert taken - bare < HELP_CPU_S
+def test_help_is_quick(tmp_path: Path) -> None:
+    """CPU time beyond that of python itself; the least of three, as others share the cores."""
+    bare = min(python("-c", "pass", cache=tmp_path)[1] for _ in range(3))
+    for line in ([], ["benchmark"], ["index", "build"]):
+        call = ["-m", "quantforge.cli", *line, "--help"]
+        python(*call, cache=tmp_path)  # compiles the modules
+        taken = min(python(*call, cache=tmp_path)[1] for _ in range(3))
+        assert taken - bare < HELP_CPU_S, line
 
 
 def test_every_export_is_there_and_dir_lists_it() -> None:
@@ -71,15 +71,12 @@ def test_every_export_is_there_and_dir_lists_it() -> None:
         quantforge.nothing  # noqa: B018
 
 
-def test_names_load_what_they_need() -> None:
+def test_settings_and_errors_load_neither_torch_nor_numpy() -> None:
     program = (
         "import sys, quantforge\n"
         "quantforge.QuantForgeConfig(bits=3); quantforge.InputError; quantforge.QuantSpec\n"
         "assert not {'torch', 'numpy'} & set(sys.modules)\n"
-        "from quantforge import QuantTensor\n"
-        "import torch\n"
-        "q = QuantTensor.quantize(torch.ones(2, 64))\n"
-        "print((torch.ones(1, 64) @ q.T).shape)\n"
+        "print('loaded')\n"
     )
     out, _ = python("-c", program)
-    assert out == "torch.Size([1, 2])\n"
+    assert out == "loaded\n"

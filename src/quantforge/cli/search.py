@@ -91,6 +91,8 @@ def _searching(args: argparse.Namespace, device: torch.device) -> Search:
     options = {name: getattr(args, name) for name in ("rerank", "nprobe", "recall", "where")}
     given = {name: value for name, value in options.items() if value is not None}
     if is_index(args.index):
+        if device.type != "cpu":
+            raise CommandError("an index is searched on the CPU; --device is for compressed files")
         index = reading(args.index)
         return lambda queries: index.search(queries, args.k, **given)
     if given:
@@ -130,11 +132,14 @@ def _print(as_json: bool, start: int, ids: np.ndarray, scores: np.ndarray) -> No
     import json
 
     for i, (row, values) in enumerate(zip(ids.tolist(), scores.tolist(), strict=True), start):
+        # places that a filter left empty hold -1 or None, and an infinite score
+        found = [pair for pair in zip(row, values, strict=True) if pair[0] not in (-1, None)]
         if as_json:
-            print(json.dumps({"query": i, "ids": row, "scores": values}))
+            print(json.dumps({"query": i, "ids": [f[0] for f in found],
+                              "scores": [f[1] for f in found]}))  # fmt: skip
         else:
-            for rank, (found, score) in enumerate(zip(row, values, strict=True), 1):
-                print(f"{i}\t{rank}\t{found}\t{score:.6g}")
+            for rank, (name, score) in enumerate(found, 1):
+                print(f"{i}\t{rank}\t{name}\t{score:.6g}")
 
 
 def _save(path: Path, results: Iterator[tuple[int, np.ndarray, np.ndarray]]) -> None:

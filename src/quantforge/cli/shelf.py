@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     Changeable: TypeAlias = QuantizedIndex | IndexStore
 
 FILE_SUFFIX = ".safetensors"
-MANIFEST = "manifest.json"
 STEP_NUMBERS = 1 << 23
 """Numbers added at a time: 32 MiB of float32."""
 
@@ -31,10 +30,11 @@ def is_folder(path: str | PathLike[str]) -> bool:
 def is_index(path: str | PathLike[str]) -> bool:
     """Whether there is an index at a path."""
     from quantforge.io import read_metadata
+    from quantforge.vectordb import manifest
 
     path = Path(path)
     if path.is_dir():
-        return (path / MANIFEST).is_file()
+        return (path / manifest.NAME).is_file()
     if path.suffix != FILE_SUFFIX:
         return False
     try:
