@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantforge.errors import InputError
-from quantforge.vectordb import IndexConfig, QuantizedIndex, scan
+from quantforge.vectordb import IndexConfig, QuantizedIndex, learning, scan
 from quantforge.vectordb.lists import Lists
 from tests.vectordb.data import clustered, recall
 
@@ -78,6 +78,31 @@ def test_some_lists_find_what_is_in_them(maker: str, metric: str) -> None:
     one_by_one = [index.search(Q[i : i + 1], 10, nprobe=3) for i in range(12)]
     np.testing.assert_array_equal(ids[:12], np.concatenate([found for found, _ in one_by_one]))
     np.testing.assert_allclose(scores[:12], np.concatenate([s for _, s in one_by_one]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_both_ways_through_the_codes_lead_to_the_same_rows(
+    maker: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not on the CPU is scanned tile by tile."""
+    index = MAKERS[maker]()
+    index.add(X[:600] + 0.1)
+    core = index._known
+    assert len(core.lists.tail) > 0
+    monkeypatch.setattr(scan, "MIN_TILE_ROWS", 100)
+    monkeypatch.setattr(scan, "TILE_SCORES", 400)
+    query, some = index._vectors(Q[:count]), torch.arange(0, 3600, 3)
+    queries = core.codec.queries(query)
+    routes = learning.routes("ip", query, core.partition.centroids)
+    near = scan.nearest_lists(routes, core.lists.sizes, 3, 500)
+    assert (near < 0).any() or count < 40
+    for probes in (None, near):
+        for allowed in (None, some, some[:5]):
+            arguments = (core.shelf, queries, 20, probes, allowed)
+            found, expected = scan.best_by_tiles(*arguments), scan.best(*arguments)
+            assert torch.equal(found[1], expected[1])
+            assert torch.equal(found[0], expected[0])
 
 
 def test_residuals_to_centroids_are_coded_better() -> None:

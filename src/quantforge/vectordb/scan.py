@@ -89,9 +89,19 @@ def best(
         probes: (q, p) int64, the lists to look into, -1 for none; None for all rows.
         allowed: rows that may be found, rising; None for all.
     """
+    here = queries.base.device.type == "cpu"
+    return (integer_scan.best if here else best_by_tiles)(shelf, queries, k, probes, allowed)
+
+
+def best_by_tiles(
+    shelf: Shelf,
+    queries: Queries,
+    k: int,
+    probes: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+) -> Tile:
+    """Implement `best` on any device, a tile of scores at a time."""
     device = queries.base.device
-    if device.type == "cpu":
-        return integer_scan.best(shelf, queries, k, probes, allowed)
     absent = keys_of(torch.tensor(-torch.inf), torch.tensor(ROW_MASK)).to(device)
     found = absent.expand(len(queries.base), k)
     if probes is None:
