@@ -107,6 +107,15 @@ def test_force_replaces(folder: Path, run: Run, name: str) -> None:
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_force_does_not_replace_what_is_no_index(folder: Path, fail: Run) -> None:
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("dear")
+    for name in ("mine", "data.npy"):
+        assert "is no index" in fail("index", "build", "data.npy", name, "--force")
+    assert Path("mine/letter.txt").read_text() == "dear"
+    assert Path("data.npy").is_file()
+
+
 def test_vectors_and_queries_come_in_parts(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, x: np.ndarray
 ) -> None:

@@ -79,6 +79,9 @@ def creating(path: Path, index: QuantizedIndex) -> Iterator[Changeable]:
     Args:
         path: of the folder or file.
         index: that has learned what it has to; vectors are added to what is yielded.
+
+    Raises:
+        CommandError: for a folder of something else.
     """
     from quantforge.vectordb import IndexStore
 
@@ -86,6 +89,8 @@ def creating(path: Path, index: QuantizedIndex) -> Iterator[Changeable]:
         yield index
         index.save(path)
         return
+    if path.exists() and not is_index(path):
+        raise CommandError(f"{path} is no index, and is not replaced by one; remove it yourself")
     fresh = path.with_name(f".{path.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
