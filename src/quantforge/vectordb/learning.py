@@ -66,12 +66,12 @@ def learn_partition(
     config: IndexConfig, sample: torch.Tensor, nlist: int, *, coded: bool
 ) -> Partition:
     """Make lists from a sample (n, dim), n at least nlist."""
-    centroids = learn_centroids(sample, nlist, config.seed)
-    partition = Partition(centroids, coded, torch.empty(0), nlist)
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(sample), generator=generator).to(sample.device)
-    count = min(CURVE_QUERIES, len(sample) // 2)
+    count = min(CURVE_QUERIES, (len(sample) - nlist) // 2)  # which the centroids must not know
     queries, others = sample[order[:count]], sample[order[count:]]
+    centroids = learn_centroids(others, nlist, config.seed)
+    partition = Partition(centroids, coded, torch.empty(0), nlist)
     exact = routes(config.metric, queries, others)
     rows = exact.topk(min(CURVE_NEIGHBOURS, len(others)), dim=1).indices
     curve = curve_of(config, partition, queries, partition.nearest(others)[rows])
