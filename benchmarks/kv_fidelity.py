@@ -46,6 +46,11 @@ CACHES: dict[str, dict[str, Any]] = {
     "2 bits, 4 and 8 for important tokens": {"bits": 2, "importance": (4, 8), "budget": 2.4},
     **{f'preset "{name}"': {"preset": name} for name in ("quality", "balanced", "small")},
 }
+REACTIONS: dict[str, dict[str, Any]] = {
+    "4 bits (default), 8 for heads with outliers": {"outlier_bits": 8},
+    "4 bits, + shift, 8 for heads with outliers": {"equalizer": False, "outlier_bits": 8},
+}
+"""Measured where they are asked for: on most models there is nothing to react to."""
 
 
 VERSIONS: dict[str, Callable[[Any, int], Any]] = {
@@ -132,7 +137,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--texts", type=int, default=len(TEXTS))
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=list(VERSIONS))
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=list(CACHES))
+    parser.add_argument("--caches", nargs="+", choices=CACHES | REACTIONS, default=list(CACHES))
     parser.add_argument("--bias-pairs", type=int, default=1, help="RoPE pairs with a key bias")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--commit", help="what git cannot say in a copy of the working tree")
@@ -150,7 +155,7 @@ def main() -> None:
     }
     ids = held_out_tokens(tokenizer, args.prompt + args.decode)[: args.texts].to(model.device)
     needles = needles_of(tokenizer, args.prompt)
-    caches = {name: CACHES[name] for name in args.caches}
+    caches = {name: (CACHES | REACTIONS)[name] for name in args.caches}
     rows = []
     for version in args.versions:
         print(version, flush=True)
