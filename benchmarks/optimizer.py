@@ -1,10 +1,13 @@
 """What the optimizer finds: bits by layer for a model's cache, or settings for vectors.
 
     python -m benchmarks.optimizer model [--model PATH] [--passages 32] [--prompt 768]
-    python -m benchmarks.optimizer vectors FILE [--latency 1]
+    python -m benchmarks.optimizer decoded [--model PATH]
+    python -m benchmarks.optimizer vectors FILE [--modes --stored 1000000]
 
 Passages are spread over held-out modules of the standard library; every second one is held out of
-the choice, too. A file of vectors is .npy, or raw float32 with --dim.
+the choice, too. `decoded` takes the plans that `model` has found, and decodes a module that neither
+the choice nor the check has seen token by token, as `quantforge eval` does. A file of vectors is
+.npy, or raw float32 with --dim.
 """
 
 from __future__ import annotations
@@ -12,17 +15,28 @@ from __future__ import annotations
 import argparse
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from benchmarks.kv_fidelity import MODEL, TEXTS
-from benchmarks.record import save
-from quantforge.optimizer import Weights, optimize
+from benchmarks.record import load, save
+from quantforge import QuantForgeCache
+from quantforge.llm.evaluation import passages
+from quantforge.llm.fidelity import decode_logits, fidelity
+from quantforge.optimizer import Space, Weights, optimize
+
+UNSEEN = "textwrap.py"
+MODES = Space(
+    bits=(2, 3, 4), rotation=("hadamard",), codebook=("lloyd_max",), scale_rule=("unbiased",)
+)
+WINDOW = 128
+"""The default, with which plans and uniform bits differ in nothing but bits."""
 
 
 def held_out_passages(tokenizer: Any, passages: int, length: int) -> torch.Tensor:
@@ -51,6 +65,32 @@ def of_model(args: argparse.Namespace) -> tuple[str, Any]:
     return f"optimizer_{args.model.name}", result
 
 
+def decoded(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """Return KL by teacher-forced decoding of each plan of a stored result, window 128."""
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    text = (Path(sysconfig.get_path("stdlib")) / UNSEEN).read_text("utf-8")
+    ids = passages(tokenizer, text, args.passages, args.prompt + args.rest).to(model.device)
+    reference = decode_logits(model, ids, args.prompt, DynamicCache(config=model.config))
+    rows = []
+    for budget in load(f"optimizer_{args.model.name}")["rows"][0]["budgets"]:
+        same = [plan for plan in budget["mixed"] if plan["settings"]["window"] == WINDOW]
+        for plan in (budget["uniform"], *same):
+            settings = plan["settings"]
+            layers = {int(i): layer for i, layer in settings.get("layers", {}).items()}
+            make = partial(QuantForgeCache, model.config, **(settings | {"layers": layers}))
+            found = fidelity(model, ids, args.prompt, make, reference)
+            row = {
+                "plan": plan["name"], "prompt": args.prompt, "decode": args.rest,
+                "passages": args.passages, "kl_mean": found.kl_mean, "kl_p99": found.kl_p99,
+                "top1": found.top1, "bytes_per_token": found.bytes_per_token,
+            }  # fmt: skip
+            print(row, flush=True)
+            rows.append(row)
+    return f"optimizer_{args.model.name}_decoded", rows
+
+
 def of_vectors(args: argparse.Namespace) -> tuple[str, Any]:
     if args.file.suffix == ".npy":
         x = np.load(args.file, mmap_mode="r")
@@ -60,6 +100,8 @@ def of_vectors(args: argparse.Namespace) -> tuple[str, Any]:
     result = optimize(
         x[: args.limit],
         objective=Weights(latency=args.latency),
+        space=MODES if args.modes else None,
+        stored=args.stored,
         metric=args.metric,
         device=args.device,
     )
@@ -79,17 +121,29 @@ def main() -> None:
     model.add_argument("--rest", type=int, default=64, help="tokens whose distributions count")
     model.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     model.add_argument("--windows", type=int, nargs="+", default=[64, 128, 256])
+    check = kinds.add_parser("decoded")
+    check.set_defaults(measure=decoded)
+    check.add_argument("--model", type=Path, default=MODEL)
+    check.add_argument("--passages", type=int, default=4)
+    check.add_argument("--prompt", type=int, default=1024)
+    check.add_argument("--rest", type=int, default=64, help="tokens decoded one by one")
     vectors = kinds.add_parser("vectors")
     vectors.set_defaults(measure=of_vectors)
     vectors.add_argument("file", type=Path)
     vectors.add_argument("--dim", type=int, default=384)
     vectors.add_argument("--limit", type=int, help="first vectors of the file")
+    vectors.add_argument("--stored", type=int, help="vectors that share what an index learns")
+    vectors.add_argument("--modes", action="store_true", help="modes of an index, default codes")
     vectors.add_argument("--metric", default="ip")
     vectors.add_argument("--latency", type=float, default=0.0, help="weight of latency")
     args = parser.parse_args()
     name, result = args.measure(args)
-    print(result)
-    print(save(args.name or name, args.device, [result.to_dict()]))
+    if not isinstance(result, list):
+        print(result)
+        result = [result.to_dict()]
+        if "model" in result[0]:
+            result[0]["model"] = args.model.name  # not where it lies on this machine
+    print(save(args.name or name, args.device, result))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks import optimizer_tables
 from benchmarks.op_tables import decode_step_table, markdown, op_table, plots
 from benchmarks.record import load
 from benchmarks.registry import OPS
+from benchmarks.search_tables import table as vector_search_table
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -105,6 +107,10 @@ def native_ops(name: str) -> str:
     return markdown(head, body) + f"\n{text}{_caption(name)}\n"
 
 
+def _optimizer(table: Callable[[str, str], str], name: str) -> str:
+    return table(name, _caption(name))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
     "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
@@ -116,6 +122,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_attention_goals": partial(op_table, "decode_attention", only_goals=True),
     "decode_step": decode_step_table,
     "decode_attention_plot": plots,
+    "vector_search": vector_search_table,
+    **{
+        name: partial(_optimizer, optimizer_tables.caches, name)
+        for name in ("optimizer_tiny-lm", "optimizer_tiny-code-llama")
+    },
+    "optimizer_tiny-lm_decoded": partial(
+        _optimizer, optimizer_tables.decoded, "optimizer_tiny-lm_decoded"
+    ),
+    **{
+        name: partial(_optimizer, optimizer_tables.vectors, name)
+        for name in ("optimizer_minilm", "optimizer_minilm_million")
+    },
 }
 
 
@@ -129,8 +147,9 @@ def with_tables(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the tables of the README and of docs/benchmarks.md."""
-    for path in (README, README.parent / "docs" / "benchmarks.md"):
+    """Rewrite the tables of the README and of the documents that have some."""
+    docs = README.parent / "docs"
+    for path in (README, docs / "benchmarks.md", docs / "optimizer.md"):
         path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
         print(path)
 

@@ -240,6 +240,12 @@ def _advice(result: VectorOptimization) -> Recommendation:
     checked = point.accuracy(objective, "check")
     top = max(result.points, key=lambda p: p.samples[objective].mean())
     dense = 4 * sample.dim
+    most = (
+        "no other measured is more accurate"
+        if top is point
+        else f"{name(top.config)} would give up {1 - top.recall:.2%} and {top.mse:.2%} for "
+        f"{top.bytes_per_vector:.1f} bytes"
+    )
     return Recommendation(
         what=call(point.config),
         why=f"the greatest reward ({weights}) of {len(result.points)} measured; {against}",
@@ -249,6 +255,5 @@ def _advice(result: VectorOptimization) -> Recommendation:
         nbytes=f"{point.bytes_per_vector:.1f} per vector instead of {dense} in float32, "
         f"{dense / point.bytes_per_vector:.1f} times fewer",
         gives_up=f"{1 - point.recall:.2%} of the {sample.k} nearest and {point.mse:.2%} of the "
-        f"squared length; {name(top.config)} would give up {1 - top.recall:.2%} and "
-        f"{top.mse:.2%} for {top.bytes_per_vector:.1f} bytes",
+        f"squared length; {most}",
     )
