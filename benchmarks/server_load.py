@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import resource
 import signal
 import statistics
@@ -32,8 +33,10 @@ import numpy as np
 from safetensors.numpy import save as to_safetensors
 
 from benchmarks.record import RESULTS, save
+from benchmarks.record import load as load_result
 from quantforge.server.bodies import NPY, SAFETENSORS
 
+NAME = "server_load_cpu"
 DIM = 384
 POINTS = 20_000
 MIX = {"search": 60, "add": 12, "remove": 6, "compress": 8, "decompress": 8, "info": 6}
@@ -190,6 +193,12 @@ def peak_mib(pid: int) -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
+def cpu_s(pid: int) -> float:
+    """Return the CPU time of a process so far (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def load(clients: int, seconds: float, workers: int) -> tuple[list[dict[str, Any]], dict]:
     """Run and return rows and what else was seen.
 
@@ -204,10 +213,10 @@ async def load(clients: int, seconds: float, workers: int) -> tuple[list[dict[st
         ):
             bodies = await prepare(http)
             found = [Client(http, i, bodies) for i in range(clients)]
-            busy = os.getloadavg()[0]
+            busy, used = os.getloadavg()[0], cpu_s(pid)
             start = time.monotonic()
             await asyncio.gather(*(client.run(start + seconds) for client in found))
-            took = time.monotonic() - start
+            took, used = time.monotonic() - start, cpu_s(pid) - used
             await check_kept(http, found)
             peak = peak_mib(pid)
         failed = [line for line in log if line["level"] in ("error", "critical")]
@@ -218,11 +227,39 @@ async def load(clients: int, seconds: float, workers: int) -> tuple[list[dict[st
     for client in found:
         for kind, times in client.ms.items():
             merged[kind] += times
+    count = sum(map(len, merged.values()))
     seen = {"clients": clients, "seconds": round(took, 1), "workers": workers, "errors": 0,
             "points": POINTS, "dim": DIM, "bits": 4, "server_peak_mib": round(peak),
             "load_average_before": round(busy, 1), "cores": os.cpu_count(),
+            "server_cpu_ms_per_request": round(1e3 * used / count, 2),
             "fastapi": version("fastapi"), "uvicorn": version("uvicorn")}  # fmt: skip
     return summary(merged, took), seen
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of a result, and where it comes from."""
+    lines = ["| request | count | per second | median | p90 | p99 |", "|---|--:|--:|--:|--:|--:|"]
+    for row in result["rows"]:
+        times = " | ".join(f"{row[f'p{p}_ms']:,.0f} ms" for p in (50, 90, 99))
+        lines.append(f"| {row['request']} | {row['count']:,} | {row['per_s']:.1f} | {times} |")
+    seen, where = result["rows"][0], result["environment"]
+    versions = [where["torch"], seen["fastapi"], seen["uvicorn"]]
+    named = ", ".join(map(" ".join, zip(("torch", "fastapi", "uvicorn"), versions, strict=True)))
+    lines += [
+        "",
+        f"{seen['clients']} clients, {seen['seconds']:.0f} s, {seen['errors']} errors; "
+        f"{where['device']}, {seen['cores']} cores shared with the clients, load average "
+        f"{seen['load_average_before']} before; server {seen['server_peak_mib']} MiB at most, "
+        f"{seen['server_cpu_ms_per_request']:.0f} ms of CPU a request; "
+        f"{named}, {where['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def with_table(text: str, result: dict[str, Any]) -> str:
+    """Return a document whose block `<!-- load --> ... <!-- /load -->` is the table."""
+    block = f"<!-- load -->\n{table(result)}\n<!-- /load -->"
+    return re.sub("<!-- load -->.*<!-- /load -->", lambda _: block, text, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -231,13 +268,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, help="docs/server.md: put the table there")
     args = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
     rows, seen = asyncio.run(load(args.clients, args.seconds, args.workers))
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()))
-    print(save("server_load_cpu", "cpu", [{**seen, **row} for row in rows], args.output))
+    print(save(NAME, "cpu", [{**seen, **row} for row in rows], args.output))
+    if args.document is not None:
+        text = with_table(args.document.read_text("utf-8"), load_result(NAME, args.output))
+        args.document.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
