@@ -1,30 +1,28 @@
 """What the codes of an index keep: recall and bytes of each mode, errors, and the worth of lists.
 
-    python -m benchmarks.vector_codes out/minilm.npy.part --queries 1000
-    python -m benchmarks.vector_codes --isotropic
+    python -m benchmarks.vector_codes codes out/minilm.npy.part
+    python -m benchmarks.vector_codes lists out/minilm.npy.part
+    python -m benchmarks.vector_codes isotropic
 
 Vectors are a raw float32 file or a .npy (--dim columns); the last ones are the queries. Isotropic
-ones are normal, as many as would make 8 neighbours likely to be told apart.
+ones are normal, 6000 of each dim.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from quantforge import __version__
+from benchmarks.record import RESULTS, environment
+from quantforge.numerics.vectors import Mode
 from quantforge.vectordb import IndexConfig, QuantizedIndex
 
-RESULTS = Path(__file__).parent / "results"
 NEIGHBOURS = 10
 
 
@@ -41,7 +39,7 @@ def recall(found: np.ndarray, truth: torch.Tensor) -> float:
     return float((torch.from_numpy(found)[:, :, None] == truth[:, None]).any(1).float().mean())
 
 
-def codes(x: torch.Tensor, query: torch.Tensor, bits: list[int], modes: list[str]) -> list[dict]:
+def codes(x: torch.Tensor, query: torch.Tensor, bits: list[int], modes: list[Mode]) -> list[dict]:
     """Return recall, bytes, bias and calibration of flat indexes."""
     truth = (query @ x.T).topk(NEIGHBOURS).indices
     rows = []
@@ -116,34 +114,32 @@ def lists(x: torch.Tensor, query: torch.Tensor, bits: list[int]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["codes", "lists", "isotropic"])
     parser.add_argument("vectors", type=Path, nargs="?")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--isotropic", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "vector_codes.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
-    found["host"] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "torch": torch.__version__,
-        "quantforge": __version__,
-    }
-    if args.isotropic:
+    rows = []
+    if args.part == "isotropic":
         generator = torch.Generator().manual_seed(0)
         for dim in (384, 768, 1536):
             x = torch.randn(6000, dim, generator=generator)
             query = torch.randn(500, dim, generator=generator)
-            found[f"isotropic_{dim}"] = codes(x, query, [1, 2, 4], ["centred", "adapted"])
+            shape = {"n": len(x), "dim": dim, "queries": len(query)}
+            rows += [shape | row for row in codes(x, query, [1, 2, 4], ["centred", "adapted"])]
     else:
         every = vectors_of(args.vectors, args.dim)
         x, query = every[: -args.queries], every[-args.queries :]
-        found["vectors"] = {"n": len(x), "dim": args.dim, "queries": len(query)}
-        found["codes"] = codes(x, query, [1, 2, 3, 4, 8], ["oblivious", "centred", "adapted"])
-        found["lists"] = lists(x, query, [1, 2, 4])
+        shape = {"n": len(x), "dim": args.dim, "queries": len(query)}
+        if args.part == "codes":
+            measured = codes(x, query, [1, 2, 3, 4, 8], ["oblivious", "centred", "adapted"])
+        else:
+            measured = lists(x, query, [2, 4])
+        rows = [shape | row for row in measured]
+    found[args.part] = {"environment": environment("cpu"), "rows": rows}
     args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
