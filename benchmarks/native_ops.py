@@ -8,7 +8,7 @@ Scores count against fp32 matmul. SDPA is measured as models call it (`enable_gq
 query heads of a key head folded into rows; the faster one counts. Targets are those of issue 3,
 for a processor with AVX-512 VNNI.
 
-    python -m benchmarks.native_ops [--threads 1] [--levels all] [--output DIR]
+    python -m benchmarks.native_ops [--threads 1] [--levels all] [--output DIR] [--name FILE]
 """
 
 from __future__ import annotations
@@ -208,6 +208,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="embeddings")
     parser.add_argument("--keys", type=int, default=32768, help="tokens of history")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--goals", action="store_true", help="only cases that have a target")
+    parser.add_argument("--name", default="native_ops", help="of the file: one for each processor")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -220,10 +222,12 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         for cases in (score_cases(args.rows), attention_cases(args.keys), codec_cases(args.rows)):
             for case in cases:
+                if args.goals and case.target is None:
+                    continue
                 for row in measure(case, list(chosen)):
                     rows.append(row)
                     show(row)
-    print(save("native_ops", "cpu", rows, args.output))
+    print(save(args.name, "cpu", rows, args.output))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""The table and the plot of `benchmarks.vector_search`.
+
+python -m benchmarks.search_tables        writes docs/vector_search.svg
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.op_tables import DOCS, markdown
+from benchmarks.record import RESULTS, read_rows
+
+SOURCE = RESULTS / "vector_search_cpu.jsonl"
+COMMAND = "python -m benchmarks.vector_search VECTORS.npy"
+FAMILIES = {
+    "quantforge adapted": ("#0571b0", "o"),
+    "quantforge centred": ("#92c5de", "o"),
+    "quantforge oblivious": ("#bbbbbb", "o"),
+    "FAISS RaBitQFastScan": ("#e66101", "s"),
+    "FAISS PQ": ("#fdb863", "s"),
+    "FAISS SQ": ("#5e3c99", "s"),
+    "turbovec": ("#008837", "^"),
+}
+PEERS = {"faiss-cpu": "FAISS", "turbovec": "turbovec", "usearch": "usearch"}
+Row = dict[str, Any]
+
+
+def table(source: Path = SOURCE) -> str:
+    """Return recall, bytes, speed and time to build of every index."""
+    if not source.exists():
+        return f"Not measured yet: `{COMMAND}`.\n"
+    rows = read_rows(source)
+    body = [
+        [
+            row["case"],
+            f"{row['recall']:.3f}",
+            f"{row['code_bytes']:,.0f}",
+            f"{row['total_bytes'] / 2**20:,.1f}",
+            f"{row['qps']:,.0f}",
+            f"{row['single_ms']:.2f}",
+            f"{row['build_s']:.1f}",
+        ]
+        for row in rows
+    ]
+    head = ["index", "recall@10", "bytes a vector", "MiB in all", "queries/s", "one query, ms",
+            "build, s"]  # fmt: skip
+    first, where = rows[0], rows[0]["environment"]
+    peers = ", ".join(f"{PEERS[name]} {where[name]}" for name in PEERS if name in where)
+    caption = (
+        f"{first['n']:,} x {first['dim']} sentence embeddings, {first['queries']:,} queries in one "
+        f"batch, one thread, CPU time. {where['device']}, torch {where['torch']}, {peers}, "
+        f"{where['date']}; `benchmarks/results/{source.name}`."
+    )
+    return markdown(head, body) + f"\n{caption}\n\n![recall against bytes](vector_search.svg)\n"
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Draw recall against bytes a vector, one line for each family of codes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "quantforge"  # the same file for the same rows
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    for name, (color, marker) in FAMILIES.items():
+        found = [row for row in rows if row["case"].startswith(name) and "IVF" not in row["case"]]
+        found = sorted(found, key=lambda row: row["code_bytes"])
+        if found:
+            axes.plot(
+                [row["code_bytes"] for row in found],
+                [row["recall"] for row in found],
+                f"{marker}-",
+                color=color,
+                label=name,
+            )
+    axes.set_xlabel("bytes a vector")
+    axes.set_ylabel("recall@10")
+    axes.set_title(f"{rows[0]['n']:,} sentence embeddings of {rows[0]['dim']} numbers", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(source: Path = SOURCE, docs: Path = DOCS) -> None:
+    """Draw what was measured."""
+    draw(read_rows(source), docs / "vector_search.svg")
+
+
+if __name__ == "__main__":
+    main()
