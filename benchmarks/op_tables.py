@@ -19,8 +19,9 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def result_files(name: str, folder: Path = RESULTS) -> list[Path]:
-    """Return the results of an operator, one file per device."""
-    return sorted(folder.glob(f"{name}_*.jsonl"))
+    """Return the results of an operator, one file per device, whose name has no "_"."""
+    found = sorted(folder.glob(f"{name}_*.jsonl"))
+    return [path for path in found if "_" not in path.stem.removeprefix(f"{name}_")]
 
 
 def of_devices(name: str, command: str, table: Callable[[list[Row]], str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.op_tables import DOCS, markdown
 from benchmarks.record import RESULTS, read_rows
 
-SOURCE = RESULTS / "vector_search_cpu.jsonl"
+SOURCE = RESULTS / "index_peers_cpu.jsonl"
 COMMAND = "python -m benchmarks.vector_search VECTORS.npy"
 FAMILIES = {
     "quantforge adapted": ("#0571b0", "o"),

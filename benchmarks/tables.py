@@ -14,7 +14,7 @@ from benchmarks import optimizer_tables
 from benchmarks.op_tables import decode_step_table, markdown, op_table, plots
 from benchmarks.record import load
 from benchmarks.registry import OPS
-from benchmarks.search_tables import table as vector_search_table
+from benchmarks.search_tables import table as index_peers
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -119,10 +119,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "eager_attention": lambda: eager_attention("eager_ops_cpu"),
     **{op: partial(op_table, op) for op in OPS},
     "native_ops": lambda: native_ops("native_ops"),
+    "native_ops_avx2": lambda: native_ops("native_ops_avx2"),
     "decode_attention_goals": partial(op_table, "decode_attention", only_goals=True),
     "decode_step": decode_step_table,
     "decode_attention_plot": plots,
-    "vector_search": vector_search_table,
+    "index_peers": index_peers,
     **{
         name: partial(_optimizer, optimizer_tables.caches, name)
         for name in ("optimizer_tiny-lm", "optimizer_tiny-code-llama")

@@ -5,7 +5,7 @@
 The last vectors are the queries; neighbours are exact inner products. Times are CPU time of the
 process with one thread, so that other work on the machine counts less: queries a second in one
 batch, the best of three, and the median of single queries. Bytes are those of a vector's code and
-numbers. Peers that are not installed are left out. Rows go to `results/vector_search_cpu.jsonl`,
+numbers. Peers that are not installed are left out. Rows go to `results/index_peers_cpu.jsonl`,
 each as soon as it is measured; `python -m benchmarks.search_tables` draws them.
 """
 
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("vectors", type=Path, help=".npy file of float32 (n, dim)")
     parser.add_argument("--queries", type=int, default=1000, help="the last vectors")
     parser.add_argument("--only", default="", help="regular expression of names")
-    parser.add_argument("--output", type=Path, default=RESULTS / "vector_search_cpu.jsonl")
+    parser.add_argument("--output", type=Path, default=RESULTS / "index_peers_cpu.jsonl")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # turbovec's, read when its pool starts
