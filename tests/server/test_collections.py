@@ -252,6 +252,17 @@ def test_refused(filled: TestClient, case: str) -> None:
     assert filled.post(SEARCH, json={"like": [7], "k": 1}).json()["ids"] == [[7]]
 
 
+@pytest.mark.parametrize("nlist", [0, 8])
+def test_lists_are_looked_into_as_asked(client: TestClient, nlist: int) -> None:
+    client.put("/v1/collections/a", json={"dim": DIM, "nlist": nlist})
+    x = gaussian(1000, DIM)
+    post(client, POINTS, npy(x), NPY)
+    for options in ({"nprobe": 2}, {"recall": 0.9}, {"nprobe": 10**6}, {}):
+        answer = client.post(SEARCH, json={"queries": x[:3].tolist(), "k": 1, **options})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["ids"] == [[0], [1], [2]]
+
+
 def test_limits_of_a_server(serve: Serve) -> None:
     client = serve(max_collections=1, max_vectors=5, max_dense_dim=100)
     assert client.put("/v1/collections/b", json={"dim": 101}).status_code == 413

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -143,6 +145,29 @@ def test_more_requests_than_the_limit_are_refused(live: Live) -> None:
         deadline = time.monotonic() + 10
         while client.get("/v1/collections").status_code != 200:  # a request leaves after its answer
             assert time.monotonic() < deadline
+
+
+def test_a_body_that_breaks_off_is_no_failure_of_the_server(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = httpx.URL(live())
+    head = f"POST /compress HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {NPY}\r\n"
+    with caplog.at_level(logging.INFO):
+        with socket.create_connection((url.host, url.port)) as connection:
+            connection.sendall(head.encode() + b"Content-Length: 1000\r\n\r\nhalf")
+            time.sleep(0.2)
+        deadline = time.monotonic() + 10
+        while not (found := [r for r in caplog.records if r.message == "request"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert [record.data["status"] for record in found] == [400]  # type: ignore[attr-defined]
+    assert all(record.exc_info is None for record in caplog.records)
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    app = create_app(Settings(folder=tmp_path / "data", device="cuda:99"))
+    with pytest.raises(ConfigError, match="cuda:99"), TestClient(app):
+        pass
 
 
 def test_metrics_know_routes_and_not_paths(client: TestClient) -> None:

@@ -30,12 +30,18 @@ OPTIONS = {"ids", "where", "nprobe", "recall", "rerank"}
 
 
 class Collection:
-    """One index store, and who may touch it."""
+    """One index store, and who may touch it.
+
+    Attributes:
+        settings: of the index.
+        sizes: name, vectors and bytes held after the last call; for metrics, which do not wait.
+    """
 
     def __init__(self, name: str, store: IndexStore, settings: Settings) -> None:
         self.name, self._store, self._settings = name, store, settings
         self._lock = threading.Lock()
         self._closed = False
+        self._measure()
         known = CollectionSettings.model_fields.keys() - {"dim"}
         config = {k: v for k, v in store.index.config.to_dict().items() if k in known}
         self.settings = CollectionSettings(dim=store.index.dim, **config)
@@ -47,12 +53,11 @@ class Collection:
             if self._closed:
                 raise ApiError(404, "not_found", f"the collection {self.name!r} has been deleted")
             yield self._store
+            self._measure()
 
-    def sizes(self) -> tuple[str, int, int]:
-        """Return name, vectors and bytes held."""
-        with self._held() as store:
-            index = store.index
-            return self.name, len(index), index.memory_report()["total"]
+    def _measure(self) -> None:
+        index = self._store.index
+        self.sizes = self.name, len(index), index.memory_report()["total"]
 
     def info(self) -> CollectionInfo:
         """Return what it holds and takes."""

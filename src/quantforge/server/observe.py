@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -74,7 +74,7 @@ class Metrics:
 class CollectionMetrics:
     """Vectors and bytes of the collections that are open, read when the metrics are."""
 
-    def __init__(self, sizes: object) -> None:
+    def __init__(self, sizes: Callable[[], list[tuple[str, int, int]]]) -> None:
         self._sizes = sizes
 
     def collect(self) -> Iterator[Metric]:
@@ -85,7 +85,7 @@ class CollectionMetrics:
         held = GaugeMetricFamily(
             "quantforge_collection_bytes", "Bytes held in memory.", labels=["collection"]
         )
-        for name, count, nbytes in self._sizes():  # type: ignore[operator]
+        for name, count, nbytes in self._sizes():
             vectors.add_metric([name], count)
             held.add_metric([name], nbytes)
         yield vectors

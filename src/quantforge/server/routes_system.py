@@ -53,8 +53,7 @@ async def metrics(server: Running) -> Response:
     for state in ("waiting", "running", "done", "failed", "cancelled"):
         count = sum(job.state == state for job in server.jobs.all())
         server.metrics.jobs.labels(state).set(count)
-    text = await server.run(lambda: generate_latest(server.metrics.registry))
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version")

@@ -11,9 +11,11 @@ from typing import Annotated, TypeVar
 import anyio
 import anyio.to_thread
 import numpy as np
+import torch
 from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from quantforge.errors import ConfigError
 from quantforge.server.bodies import (
     JSON,
     Body,
@@ -43,18 +45,20 @@ class Server:
         metrics: its counters.
 
     Raises:
+        ConfigError: for a device that is not there.
         InputError: if another server uses the folder.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
+        _check_device(settings.device)
         settings.folder.mkdir(parents=True, exist_ok=True)
         self._lock = WriterLock(settings.folder / "server.lock")
         self.scratch = Scratch(settings.folder / "scratch")
         self.jobs = Jobs(settings.max_jobs)
         self.catalog = Catalog(settings.folder / "collections", self.scratch.path, settings)
         self._threads = anyio.CapacityLimiter(settings.workers)
-        self._sizes = CollectionMetrics(lambda: [c.sizes() for c in self.catalog.opened()])
+        self._sizes = CollectionMetrics(lambda: [c.sizes for c in self.catalog.opened()])
         metrics.registry.register(self._sizes)
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -123,6 +127,14 @@ class Server:
         self.scratch.close()
         self.metrics.registry.unregister(self._sizes)
         self._lock.release()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used: {reason}; use cpu") from error
 
 
 def answer_of(answer: Answer) -> Response:
