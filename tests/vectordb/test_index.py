@@ -201,6 +201,18 @@ def test_files_of_format_1_load(kind: str) -> None:
     np.testing.assert_allclose(scores, expected, atol=1.5e-2 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("kind", ["adapted_ip", "oblivious_l2"])
+def test_files_of_format_2_load(kind: str) -> None:
+    golden = np.load(GOLDEN / "index_v2.npz")
+    index = QuantizedIndex.load(GOLDEN / f"index_v2_{kind}.safetensors")
+    assert (index.nlist, len(index)) == (4, 200)
+    ids, scores = index.search(golden["queries"], 10, nprobe=2)
+    np.testing.assert_array_equal(ids[:, 0], golden[f"{kind}_ids"][:, 0])
+    np.testing.assert_allclose(scores, golden[f"{kind}_scores"], rtol=1e-3)
+    errors = index.standard_errors(golden["queries"], ["row 1", "row 195"])
+    np.testing.assert_allclose(errors, golden[f"{kind}_errors"], rtol=1e-3)
+
+
 def test_empty_indexes_are_saved_too(tmp_path: Path) -> None:
     index = QuantizedIndex(DIM)
     assert len(index.add(X[:0])) == 0

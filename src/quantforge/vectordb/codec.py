@@ -128,14 +128,6 @@ class Codec:
         tensors = {part.data_ptr(): part.nbytes for part in held}
         return sum(tensors.values()) + self.code.nbytes
 
-    def empty(self) -> Coded:
-        """Return the codes of no vectors."""
-        packed = [
-            torch.empty(0, row_bytes(s.dim, s.bits), dtype=torch.uint8) for s, _ in self.groups
-        ]
-        half = torch.float16
-        return Coded(tuple(packed), torch.empty(0, 1, dtype=half), torch.empty(0, dtype=half))
-
     def encode(self, x: torch.Tensor, lists: torch.Tensor | None = None) -> Coded:
         """Encode finite vectors (n, dim).
 
@@ -190,9 +182,8 @@ class Codec:
 
     def decode(self, coded: Coded, lists: torch.Tensor | None = None) -> torch.Tensor:
         """Decode vectors (n, dim), float32."""
-        return (self.centres[:1] if lists is None else self.centres[lists]) + (
-            self._decoded(coded) @ self.dual
-        )
+        centres = self.centres[:1] if lists is None else self.centres[lists]
+        return centres + self._decoded(coded) @ self.dual
 
     def _decoded(self, coded: Coded) -> torch.Tensor:
         """Return `scale c`, (n, dim) float32."""
