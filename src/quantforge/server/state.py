@@ -31,7 +31,7 @@ from quantforge.server.catalog import Catalog
 from quantforge.server.observe import CollectionMetrics, Metrics
 from quantforge.server.schemas import Vectors
 from quantforge.server.settings import Settings
-from quantforge.server.work import Answer, Download, Jobs, Operation, Progress, Scratch
+from quantforge.server.work import Answer, Download, Job, Jobs, Operation, Progress, Scratch
 from quantforge.vectordb.lock import WriterLock
 
 T = TypeVar("T")
@@ -95,17 +95,24 @@ class Server:
             background: whether it is a job; None: if it is long.
         """
         folder = self.scratch.folder()
+        job: Job | None = None
         try:
             body = await receive(request, folder, self.settings, allowed)
-            operation, numbers = await self.run(lambda: prepare(body, folder))
-            if numbers > self.settings.job_numbers if background is None else background:
-                job = self.jobs.start(kind, operation, folder)
-                folder = None  # type: ignore[assignment]  # the job's now
-                headers = {"Location": f"/v1/jobs/{job.id}"}
-                return JSONResponse(job.info().model_dump(), 202, headers)
-            return answer_of(await self.run(lambda: operation(Progress())))
+
+            def work() -> Job | Answer:
+                operation, numbers = prepare(body, folder)
+                if numbers > self.settings.job_numbers if background is None else background:
+                    return self.jobs.start(kind, operation, folder)
+                return operation(Progress())
+
+            found = await self.run(work)
+            if not isinstance(found, Job):
+                return answer_of(found)
+            job = found
+            headers = {"Location": f"/v1/jobs/{job.id}"}
+            return JSONResponse(job.info().model_dump(), 202, headers)
         finally:
-            if folder is not None:
+            if job is None:  # else the folder is the job's
                 shutil.rmtree(folder, ignore_errors=True)
 
     def tensors(self, body: Body) -> Tensors:
