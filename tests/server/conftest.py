@@ -74,6 +74,14 @@ def live(tmp_path: Path) -> Iterator[Live]:
         yield start
 
 
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """Start one server for the tests of a module that leave it as it was."""
+    app = create_app(Settings(folder=tmp_path_factory.mktemp("shared")))
+    with TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False) as found:
+        yield found
+
+
 @pytest.fixture
 def client(serve: Serve) -> TestClient:
     """Start a server with the settings that it has by default."""

@@ -56,9 +56,9 @@ def test_a_refused_request_changes_nothing(serve: Serve) -> None:
      ("evil.example:8000", 403), ("127.0.0.1.evil.example", 403), ("", 403)],
 )  # fmt: skip
 def test_without_a_token_only_names_of_this_machine_are_answered(
-    client: TestClient, host: str, status: int
+    shared_client: TestClient, host: str, status: int
 ) -> None:
-    assert client.get("/version", headers={"Host": host}).status_code == status
+    assert shared_client.get("/version", headers={"Host": host}).status_code == status
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])

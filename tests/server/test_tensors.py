@@ -186,12 +186,12 @@ REFUSED: dict[str, tuple[bytes, str, int, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(client: TestClient, case: str) -> None:
+def test_refused(shared_client: TestClient, case: str) -> None:
     body, kind, status, type = REFUSED[case]
-    answer = post(client, "/v1/compress", body, kind)
+    answer = post(shared_client, "/v1/compress", body, kind)
     assert answer.status_code == status, answer.text
     assert error_of(answer)["type"] == type
-    assert client.get("/health").status_code == 200
+    assert shared_client.get("/health").status_code == 200
 
 
 def test_the_first_bad_vector_is_named(client: TestClient) -> None:
