@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         assert point.bytes_per_vector < 2 * x.shape[1], "no smaller than float16"
 
     result.config.save(args.output)
-    config, sample = IndexConfig.from_file(args.output), result.sample
+    # one list, as it was measured: those of a large index are another choice, of nprobe
+    config, sample = replace(IndexConfig.from_file(args.output), nlist=0), result.sample
     index = QuantizedIndex(x.shape[1], config)
     index.add(sample.base)
     found, _ = index.search(sample.queries, sample.k)

@@ -100,6 +100,14 @@ def test_nearly_exact_codes_find_nearly_all(metric: Any) -> None:
         assert torch.allclose(base.norm(dim=1), torch.ones(len(base), dtype=torch.float64))
 
 
+def test_an_index_is_measured_without_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come by themselves from 10,000 vectors on, and leave some results out."""
+    monkeypatch.setattr("quantforge.vectordb.config.LISTS_FROM", 100)
+    sample, config = Sample.of(vectors(), None, "ip", 500, 0, "cpu"), IndexConfig(bits=8)
+    assert config.lists_for(len(sample.base)) > 1
+    assert measure(config, sample, 500, timed=False).recall > 0.97
+
+
 def test_queries_are_not_among_what_is_stored() -> None:
     x = vectors(300)
     sample = Sample.of(x, None, "ip", 200, 0, "cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -70,7 +70,8 @@ def measure(config: Config, sample: Sample, stored: int, *, timed: bool) -> Poin
     """Code a sample, and compare what the codes say with what the vectors say.
 
     Args:
-        config: of codes (on the sample's device), or of an index (on the CPU).
+        config: of codes (on the sample's device), or of an index (on the CPU), which is scanned in
+            full whatever its lists.
         sample: vectors and queries.
         stored: vectors that will share what is learned of the data.
         timed: measure the latency too.
@@ -117,7 +118,8 @@ def _codes(
 def _index(
     config: Any, sample: Sample, stored: int
 ) -> tuple[torch.Tensor, torch.Tensor, float, Callable[[], Any]]:
-    index = QuantizedIndex(sample.dim, config)
+    # scanned in full: what lists leave out is no property of bits and mode
+    index = QuantizedIndex(sample.dim, replace(config, nlist=0))
     ids = index.add(sample.base.cpu())
     restored = torch.from_numpy(index.reconstruct(ids)).to(sample.base.device)
     report, queries = index.memory_report(), sample.queries.cpu()
