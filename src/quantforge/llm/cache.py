@@ -23,6 +23,7 @@ from quantforge.errors import ConfigError, UnsupportedError
 from quantforge.llm.latent import LatentLayer
 from quantforge.llm.layer import QuantForgeLayer
 from quantforge.llm.options import CacheConfig
+from quantforge.llm.parallel import HeadShard, head_shard
 from quantforge.llm.presets import preset_settings
 from quantforge.llm.prompt_cache import PromptCache
 from quantforge.llm.report import CacheReport, report
@@ -46,6 +47,7 @@ class QuantForgeCache(PromptCache, DynamicCache):
             others (linear attention, convolutions) get transformers' own cache layer. Without a
             config every layer is a quantized full-attention layer, which is correct for
             sliding-window models too, but holds more tokens than they need.
+            Under tensor parallelism it tells which key heads this rank holds.
             Or the name of a preset: `QuantForgeCache("small")`.
         preset: "quality", "balanced" or "small": settings to begin with, see `PRESETS`.
         layers: settings that differ in single layers: {layer index: {setting: value}}.
@@ -57,7 +59,8 @@ class QuantForgeCache(PromptCache, DynamicCache):
         **settings: see `CacheConfig`: bits, sinks, window, page_size, shift, equalizer, ...
 
     Raises:
-        ConfigError: for unknown settings or values out of range.
+        ConfigError: for unknown settings or values out of range, and if the ranks of tensor
+            parallelism cannot hold equally many key heads.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class QuantForgeCache(PromptCache, DynamicCache):
                 "importance, head_bits and outlier_bits belong to caches that grow; leave out "
                 "max_cache_len, or them"
             )
+        if (shard := head_shard(config)) is not None:
+            self._name_heads(shard)
         self._config = None if config is None else config.get_text_config(decoder=True)
         Cache.__init__(
             self,
@@ -131,6 +136,15 @@ class QuantForgeCache(PromptCache, DynamicCache):
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**settings))
         return layers
 
+    def _name_heads(self, shard: HeadShard) -> None:
+        """Name heads with bits of their own as this rank numbers them."""
+
+        def held(options: CacheConfig) -> CacheConfig:
+            return dataclasses.replace(options, head_bits=shard.local(options.head_bits))
+
+        self.options = held(self.options)
+        self.overrides = {i: held(options) for i, options in self.overrides.items()}
+
     def _options_of(self, index: int) -> CacheConfig:
         return self.overrides.get(index, self.options)
 
@@ -166,10 +180,19 @@ class QuantForgeCache(PromptCache, DynamicCache):
         if config is None and not self.layers and not torch.compiler.is_compiling():
             # nobody tells a cache without a config how it is attended to, but who calls it knows
             config = getattr(sys._getframe(1).f_locals.get("self"), "config", None)
+            self._check_shard(config)
         _check_attention(getattr(config, "_attn_implementation", None))
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_shard(self, config: Any) -> None:
+        named = any(options.head_bits for options in (self.options, *self.overrides.values()))
+        if named and head_shard(config) is not None:
+            raise ConfigError(
+                "head_bits names heads of the whole model, and this rank holds some of them: use "
+                "QuantForgeCache(config=model.config), which knows which"
+            )
 
     @property
     def is_compileable(self) -> bool:
