@@ -37,6 +37,7 @@ LAYERS = (
     ("optimizer",),  # measures both
     ("server",),
     ("cli", "__main__"),
+    ("encode",),  # a program of its own, for torchrun
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MUTUAL = ({"dispatch", "tensor"}, {"arrays", "io", "pipeline", "quantizer"})
