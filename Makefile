@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-gpu test-vllm lint format bench bench-gpu clean
+.PHONY: demo test test-gpu test-vllm test-browser test-databases docs lint format bench bench-gpu clean
 
 # torch first and alone: an unpinned torch would pull gigabytes of CUDA
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +39,21 @@ test-vllm: .venv-vllm/.ready
 	.venv-vllm/bin/pip install --quiet pytest pytest-timeout hypothesis
 	.venv-vllm/bin/pip install --quiet --no-deps --editable .
 	touch $@
+
+# the server's page in a headless Chromium, where one is installed
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser tests/server
+
+# what is exported, read by LanceDB, Qdrant and Milvus, in an environment of its own
+test-databases: $(READY)
+	$(BIN)/python recipes/export_vectors.py --small --output out
+	$(PYTHON) -m venv .venv-databases
+	.venv-databases/bin/pip install --quiet lancedb qdrant-client pymilvus milvus-lite pytest pyarrow numpy
+	.venv-databases/bin/python -m pytest -c /dev/null -p no:cacheprovider tests/recipes/databases.py
+
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu

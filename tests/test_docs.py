@@ -24,7 +24,7 @@ def test_readme_code_runs_and_its_numbers_hold(
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     blocks = python_blocks(ROOT / "README.md")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     codes, restored, x = scope["codes"], scope["restored"], scope["embeddings"]
@@ -32,6 +32,8 @@ def test_readme_code_runs_and_its_numbers_hold(
     assert (restored.shape, restored.dtype, type(restored)) == (x.shape, x.dtype, type(x))
     assert round(float(((restored - x) ** 2).sum() / (x**2).sum()), 3) == 0.009
     assert scope["nearest"][:, 0].tolist() == list(range(8))
+    assert scope["found"].shape == (8, 10)
+    assert (scope["found"] % 25 >= 10).all()
     assert scope["out"].shape[1] == scope["ids"].shape[1] + 20
 
 
