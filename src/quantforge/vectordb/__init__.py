@@ -16,6 +16,7 @@ drift     whether what is added looks like what was learned
 files     one safetensors file; faiss_io: indexes of FAISS; stream: vectors larger than memory
 store     IndexStore: a folder whose changes are on the disk when they return
 changes   rows on their way to a log; log, manifest, lock: the files below a store
+sharded   ShardedIndex: shards on several ranks; shards: merging, and which rank holds which
 """
 
 from quantforge.vectordb.config import IndexConfig
