@@ -72,7 +72,7 @@ def test_sliding_windows(family: str, changes: dict[str, Any], attention: str) -
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama"])
 def test_our_attention_reads_a_static_cache(family: str) -> None:
-    """Caps and sinks of the layers of full attention; the others are transformers' own."""
+    """Caps and sinks, of layers of full attention in pages and of short windows kept dense."""
     model = random_model(family, "quantforge", head_dim=64)
     settings = CACHE | {"layout": "pages", "page_size": 64}
     ours = QuantForgeCache(model.config, max_cache_len=160, **settings)

@@ -262,12 +262,7 @@ def attend_static(
         )
     if key.is_paged:
         return [_over_pages(query, key, value, counts, mask, scale, softcap)]
-    if softcap:
-        raise UnsupportedError(
-            "soft-capped attention to a static cache reads pages; use "
-            'QuantForgeCache(..., layout="pages"), or a cache without max_cache_len'
-        )
-    return _over_rows(query, key, value, counts, mask, scale)
+    return _over_rows(query, key, value, counts, mask, scale, softcap)
 
 
 def _over_pages(
@@ -309,6 +304,7 @@ def _over_rows(
     counts: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
 ) -> list[Partial]:
     n_sinks, device, length = key._meta.n_sinks, query.device, query.shape[2]
     n_packed, n_dense = counts[0, :, None], counts[1, :, None]  # (B, 1)
@@ -330,11 +326,16 @@ def _over_rows(
         part = full.gather(-1, index.expand(*full.shape[:3], -1))
         hidden = False if mask.dtype == torch.bool else -torch.inf
         masks.append(torch.where(seen, part, hidden))
-    recent = dense_attention(
-        query, key.dense.to(query.dtype), value.dense.to(query.dtype), masks[1], scale
-    )
     window, rows = key._meta.window, key.dense.shape[2]
-    if window and rows >= window - 1 + 2 * key._meta.page:  # all that is seen is dense
+    all_dense = window and rows >= window - 1 + 2 * key._meta.page
+    if softcap and not all_dense:
+        raise UnsupportedError(
+            "soft-capped attention to a static cache reads pages; use "
+            'QuantForgeCache(..., layout="pages"), or a cache without max_cache_len'
+        )
+    dense_rows = key.dense.to(query.dtype), value.dense.to(query.dtype)
+    recent = dense_attention(query, *dense_rows, masks[1], scale, softcap)
+    if all_dense:
         return [recent]
     history = attention_op.attention(
         query,

@@ -26,23 +26,27 @@ def dense_attention(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float = 0.0,
 ) -> Partial:
     """Attend from query (B, Hq, q, dim) to dense K and V (B, Hkv, n, dim).
 
     Query heads that share a key head are folded into rows, so keys are never repeated. A query
-    whose keys are all masked gives -inf as log-sum-exp; its output is then meaningless.
+    whose keys are all masked gives -inf as log-sum-exp; its output is then meaningless. With a
+    softcap logits become `softcap * tanh(logits / softcap)`, which no flash kernel of torch does.
     """
     batch, heads, length, _ = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, -1, query.shape[-1])
     if mask is not None:
         mask = _grouped_mask(mask, batch, heads, kv_heads, length)
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+    if softcap:
+        out, lse = _matmul_softmax(grouped, key, value, mask, scale, softcap)
+    elif query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         out, lse = _flash_cpu(grouped, key, value, mask, scale)
     elif mask is None and fits_flash(grouped, key, value):
         out, lse = _flash_cuda(grouped, key, value, scale)
     else:
-        out, lse = _matmul_softmax(grouped, key, value, mask, scale)
+        out, lse = _matmul_softmax(grouped, key, value, mask, scale, softcap)
     return out.reshape(batch, heads, length, -1), lse.reshape(batch, heads, length)
 
 
@@ -114,6 +118,7 @@ def _matmul_softmax(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
 ) -> Partial:
     """Unfused, a few query rows at a time, in float32."""
     key, value = key.to(torch.float32), value.to(torch.float32)
@@ -122,6 +127,8 @@ def _matmul_softmax(
     for start in range(0, query.shape[2], step):
         rows = slice(start, start + step)
         logits = (query[:, :, rows].to(torch.float32) * scale) @ key.mT
+        if softcap:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
             tile = mask[:, :, rows]
             bias = logits.masked_fill_(~tile, -torch.inf) if tile.dtype == torch.bool else tile

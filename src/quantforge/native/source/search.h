@@ -393,10 +393,8 @@ static void search(const SearchArgs *args, const SearchTask *task, int64_t part,
 }
 
 }  // namespace LEVEL
-
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
-
 extern const SearchKernels JOIN(LEVEL, _search);
 const SearchKernels JOIN(LEVEL, _search) = {LEVEL::SEARCH_TILE, LEVEL::search_scratch,
                                             LEVEL::search};
