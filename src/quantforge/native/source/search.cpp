@@ -99,7 +99,8 @@ Group group_of(const IntegerGroup &g, int64_t word) {
         out.lane.push_back(place / (4 * g.span) * 2 + place / 2 % 2);
         out.lanes = std::max(out.lanes, out.lane.back() + 1);
     }
-    out.view = {g.rows, g.stride, g.table, out.fields.data(), g.bits, l.dwords, steps, g.span, word};
+    out.view = {g.rows, g.stride, g.table, out.fields.data(), g.bits,
+                l.dwords, steps, g.span, word};
     return out;
 }
 

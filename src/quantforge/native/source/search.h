@@ -78,8 +78,8 @@ static INLINE void each_step(const SearchGroup &g, const uint32_t *dwords, const
             if constexpr (BITS != WIDTH) {
                 for (; !field->last; field++) {
                     const I other = Vector::iload(dwords + field->dword * LANES);
-                    const I turned = Vector::rotate_right(other, field->rotation);
-                    code = Vector::bit_or(code, Vector::bit_and(turned, Vector::iset1(field->mask)));
+                    const I bits = Vector::rotate_right(other, field->rotation);
+                    code = Vector::bit_or(code, Vector::bit_and(bits, Vector::iset1(field->mask)));
                 }
                 field++;
             }
