@@ -48,6 +48,26 @@ def test_dense_attention(
     np.testing.assert_allclose(to_float64(out)[seen], exact[seen], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_dense_attention_with_a_softcap(name: str, device: torch.device) -> None:
+    q, k, v = operands()
+    mask, cap = MASKS[name], 0.7
+    tensors = [torch.from_numpy(t).to(device) for t in (q, k, v)]
+    on_device = None if mask is None else torch.from_numpy(mask).to(device)
+    out, lse = merge.dense_attention(*tensors, on_device, D**-0.5, cap)
+    heads = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(t.astype(np.float64), heads, 1) for t in (k, v))
+    logits = cap * np.tanh(q.astype(np.float64) @ k.swapaxes(2, 3) * D**-0.5 / cap)
+    if mask is not None:
+        logits = np.where(mask, logits, -np.inf) if mask.dtype == bool else logits + mask
+    weights = np.exp(logits)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exact_lse, exact = np.log(weights.sum(-1)), weights @ v / weights.sum(-1)[..., None]
+    seen = np.isfinite(exact_lse)
+    np.testing.assert_allclose(to_float64(lse), exact_lse, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_float64(out)[seen], exact[seen], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _matmul_softmax(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
-    softcap: float,
+    softcap: float = 0.0,
 ) -> Partial:
     """Unfused, a few query rows at a time, in float32."""
     key, value = key.to(torch.float32), value.to(torch.float32)
