@@ -16,7 +16,11 @@ from quantforge.llm.static import QuantForgeStaticLayer
 from quantforge.llm.static_sliding import QuantForgeStaticSlidingLayer
 from tests.llm.models import random_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch captures one to begin with
+]
 STEPS = 230
 """Three pages of 64 tokens and a part of a fourth."""
 

@@ -264,12 +264,7 @@ def test_features(name: str, where: tuple, poison: None) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_eager_on_the_gpu(name: str) -> None:
     """Models in float32 have no fused kernel."""
-    got, want = (
-        Built(Case(**FEATURES[name]), device, torch.float32).run("eager")
-        for device in ("cuda", "cpu")
-    )
-    for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x.cpu(), y)
+    check(Case(**FEATURES[name]), ("cuda", torch.float32), "eager")
 
 
 @pytest.mark.parametrize("where", DEVICES)

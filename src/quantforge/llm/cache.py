@@ -199,7 +199,7 @@ class QuantForgeCache(PromptCache, DynamicCache):
         """Whether a step may be compiled, also before the first one makes the layers."""
         if not self.layers:
             return self._max_cache_len is not None
-        return super().is_compileable
+        return all(layer.is_compileable for layer in self.layers)
 
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None

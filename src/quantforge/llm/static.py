@@ -194,7 +194,12 @@ class QuantForgeStaticLayer(QuantForgeLayer):
 
     def _meta(self, spec: QuantSpec) -> Meta:
         options = self._keys.options
-        return Meta(spec.key, options.sinks, self._page, options.shift, options.equalizer)
+        of_codes = (spec.key, options.sinks, self._page, options.shift, options.equalizer)
+        return Meta(*of_codes, *self._sight())  # torch.compile cannot follow _replace before 2.13
+
+    def _sight(self) -> tuple[int, int]:
+        """Return the window and the columns of a ring."""
+        return 0, 0
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]

@@ -21,7 +21,7 @@ from quantforge.llm.paged import PageFormat
 from quantforge.llm.ring import BEFORE, LAPS, ring_tokens, slots_of, turn
 from quantforge.llm.static import QuantForgeStaticLayer
 from quantforge.llm.static_store import RingStore, give_statistics, keep_statistics
-from quantforge.llm.static_view import Meta, StaticTensor
+from quantforge.llm.static_view import StaticTensor
 from quantforge.numerics.pages import PageLayout
 from quantforge.ops.window_append.api import DENSE, PACKED, Window
 from quantforge.spec import QuantSpec, check_int
@@ -95,9 +95,8 @@ class QuantForgeStaticSlidingLayer(QuantForgeStaticLayer):
         packed = self._window.k_packed
         return packed.shape[2] if self._keys.pages is None else packed.shape[1] * self._page
 
-    def _meta(self, spec: QuantSpec) -> Meta:
-        window, columns = self.sliding_window, self.max_cache_len
-        return super()._meta(spec)._replace(window=window, columns=columns)
+    def _sight(self) -> tuple[int, int]:
+        return self.sliding_window, self.max_cache_len
 
     # ---- appending ---------------------------------------------------------------------------
 

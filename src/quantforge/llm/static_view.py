@@ -104,7 +104,7 @@ class StaticTensor(torch.Tensor):
 
     def _but(self, n_rep: int, staged: bool) -> StaticTensor:
         parts = (self.dense, self.packed, self.scales, self.statistics, self.counts)
-        return StaticTensor(*parts, self._meta._replace(n_rep=n_rep, staged=staged))
+        return StaticTensor(*parts, Meta(*self._meta[:-2], n_rep, staged))
 
     @property
     def is_paged(self) -> bool:

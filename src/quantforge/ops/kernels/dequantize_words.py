@@ -27,9 +27,9 @@ from quantforge.ops.kernels.placement import rows_of_program
 
 
 @triton.jit
-def statistic_pairs(rows, channel, G: tl.constexpr, LAYOUT: tl.constexpr):
-    """Load a statistic of one run as float32 of its even and its odd channels."""
-    return halves.pairs(tl.load(rows + channel).to(tl.float32), 1, G, LAYOUT)
+def statistic_pairs(rows, channel, ROWS: tl.constexpr, G: tl.constexpr, LAYOUT: tl.constexpr):
+    """Load a statistic (ROWS, G) of one run as float32 of its even and its odd channels."""
+    return halves.pairs(tl.load(rows + channel).to(tl.float32), ROWS, G, LAYOUT)
 
 
 @kernel(do_not_specialize=["n", "heads", "total"])
@@ -51,6 +51,7 @@ def dequantize_words(
     With ROTATED the result is `scale * centroid`, the vector in the rotated basis.
     """
     G: tl.constexpr = DIM // M
+    STATISTICS: tl.constexpr = ROWS if PER_ROW else 1
     channel = channel_axis(G, LAYOUT)
     pair = channel_axis(G // 2, every_second(LAYOUT))
     batch, head, row, end = rows_of_program(n, heads, total, ROWS, TILES, PER_ROW, LAYOUT)
@@ -67,9 +68,9 @@ def dequantize_words(
     factors, shifts = (0.0, 0.0), (0.0, 0.0)
     if M == 1:  # they stay in registers
         if equalizer_ptr is not None:
-            factors = statistic_pairs(equalizer_rows, channel, G, LAYOUT)
+            factors = statistic_pairs(equalizer_rows, channel, STATISTICS, G, LAYOUT)
         if shift_ptr is not None:
-            shifts = statistic_pairs(shift_rows, channel, G, LAYOUT)
+            shifts = statistic_pairs(shift_rows, channel, STATISTICS, G, LAYOUT)
     table = centroid_ptr
     if IN_LANES:
         table = centroids_in_lanes(centroid_ptr)
@@ -94,13 +95,13 @@ def dequantize_words(
             low, high = low * scale, high * scale
             if equalizer_ptr is not None:
                 if M > 1:  # names of their own: a name bound before the loop is carried by it
-                    run = statistic_pairs(equalizer_rows, channel + j * G, G, LAYOUT)
+                    run = statistic_pairs(equalizer_rows, channel + j * G, STATISTICS, G, LAYOUT)
                     low, high = low * run[0], high * run[1]
                 else:
                     low, high = low * factors[0], high * factors[1]
             if shift_ptr is not None:
                 if M > 1:
-                    moved = statistic_pairs(shift_rows, channel + j * G, G, LAYOUT)
+                    moved = statistic_pairs(shift_rows, channel + j * G, STATISTICS, G, LAYOUT)
                     low, high = low + moved[0], high + moved[1]
                 else:
                     low, high = low + shifts[0], high + shifts[1]
