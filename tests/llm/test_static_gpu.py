@@ -19,7 +19,7 @@ from tests.llm.models import random_model
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch captures one to begin with
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch captures one first
 ]
 STEPS = 230
 """Three pages of 64 tokens and a part of a fourth."""
