@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from quantforge.numerics.codebook import codebook_of
 from quantforge.numerics.rotation import rotation_matrix, rotation_signs
@@ -21,17 +21,24 @@ F = TypeVar("F", bound=Callable[..., object])
 def cached_constant(make: F) -> F:
     """Cache a function of hashable arguments that returns constant tensors.
 
-    What is cached outlives the call, so it is made outside of inference mode and of any fake or
-    tracing mode that the first caller happens to be in.
+    What is cached outlives the call, so a thread of its own makes it: outside of inference mode,
+    of any tracing mode, and of the memory pool of a CUDA graph that the first caller warms up.
     """
+
+    def made(*args: object) -> object:
+        tensors = make(*args)
+        for device in args:  # the caller may use it on another stream
+            if isinstance(device, torch.device) and device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+        return tensors
 
     @lru_cache(maxsize=256)
     @wraps(make)
-    def outside_modes(*args: object) -> object:
-        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
-            return make(*args)
+    def outside(*args: object) -> object:
+        with ThreadPoolExecutor(1, f"quantforge {make.__name__}") as thread:
+            return thread.submit(made, *args).result()
 
-    return outside_modes  # type: ignore[return-value]
+    return outside  # type: ignore[return-value]
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -172,6 +172,7 @@ def plan_of(k_spec_key: str, v_spec_key: str, device: torch.device) -> Plan:
     )
 
 
+@constants.cached_constant
 def _rotation(spec: QuantSpec, device: torch.device) -> tuple[torch.Tensor, float]:
     """Return a rotation as an fp16 matrix and its unit: a Hadamard matrix is +-1, exactly."""
     unit = spec.dim**-0.5 if spec.rotation == "hadamard" else 1.0
