@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from quantforge.errors import ConfigError, InputError
 from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.quantize.api import quantize
-from quantforge.vllm.attend import Batch, attend
+from quantforge.vllm.attend import Batch, attend, attend_single
 from quantforge.vllm.pages import BlockFormat, Statistics
 from quantforge.vllm.settings import Settings
 from tests.helpers import assert_close
@@ -90,42 +91,144 @@ def plain_attention(query, key, value, scale):
     return (logits.masked_fill(~seen, -math.inf).softmax(-1) @ v).transpose(0, 1)
 
 
+@dataclass
+class Step:
+    """A step over sequences in shuffled blocks, and what plain torch makes of it."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cache: torch.Tensor
+    batch: Batch
+    block_format: BlockFormat
+    statistics: Statistics
+    scale: float
+    naive: torch.Tensor
+    exact: torch.Tensor
+
+    def run(self, attention=attend) -> torch.Tensor:
+        """Return what attention writes into an output of NaN."""
+        out = torch.full_like(self.query, math.nan)
+        attention(
+            *(self.query, self.key, self.value, self.cache, self.batch, self.block_format),
+            *(self.statistics, self.scale, out),
+        )
+        return out
+
+    def check(self, out: torch.Tensor, tokens: list[int] | slice = slice(None)) -> None:
+        """Compare tokens of an output."""
+        assert_close(out[tokens], [self.naive[tokens]], self.exact[tokens].numpy())
+
+
+def step_of(
+    stored: list[int],
+    new: list[int],
+    device: torch.device | str,
+    *,
+    key_heads: int = 2,
+    with_statistics: bool = True,
+    dtype: torch.dtype = torch.float32,
+    dim: int = 64,
+    bits: tuple[int, int] = (4, 3),
+) -> Step:
+    """Return a step; what no token was stored in holds 255: scales of it are NaN."""
+    settings, scale = Settings(bits=bits), dim**-0.5
+    block_format = BlockFormat(*settings.specs(dim, dim, settings.bits))
+    statistics = statistics_of(dim, device) if with_statistics else Statistics()
+    statistics = Statistics(*(s if s is None else s[:key_heads] for s in statistics))
+    counts = [-(-(old + n) // TOKENS) for old, n in zip(stored, new, strict=True)]
+    cache = cache_of(settings, dim, sum(counts) + 1, device)[:, :key_heads].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(sum(counts), generator=generator) + 1
+    blocks = torch.zeros(len(new), max(counts), dtype=torch.int32)
+    parts, expected = [], {torch.float32: [], torch.float64: []}
+    for i, (old, n, table) in enumerate(zip(stored, new, order.split(counts), strict=True)):
+        blocks[i, : counts[i]] = table
+        q = torch.randn(n, 4, dim, generator=generator).to(device, dtype)
+        key, value = torch.randn(2, old + n, key_heads, dim, generator=generator).to(device, dtype)
+        place = torch.arange(old + n)
+        slots = (table[place // TOKENS] * TOKENS + place % TOKENS).to(device)
+        block_format.store(cache, key, value, slots, statistics)
+        parts.append((q, key[old:], value[old:]))
+        if old:
+            coded = decoded(block_format, statistics, key[:old].float(), value[:old].float())
+            key, value = (
+                torch.cat([c, x[old:].float()]) for c, x in zip(coded, (key, value), strict=True)
+            )
+        for kind, found in expected.items():
+            found.append(plain_attention(q.to(kind), key.to(kind), value.to(kind), scale).cpu())
+    starts = [0, *torch.tensor(new).cumsum(0).tolist()]
+    lengths = torch.tensor(stored, dtype=torch.int32, device=device)
+    batch = Batch(starts, lengths, max(stored), stored, blocks.to(device))
+    operands = (torch.cat(part) for part in zip(*parts, strict=True))
+    results = (torch.cat(found) for found in expected.values())
+    return Step(*operands, cache, batch, block_format, statistics, scale, *results)
+
+
+MIXED = [0, 20, 33, 5, 0, 41], [7, 1, 4, 1, 1, 2]
+
+
 @pytest.mark.parametrize("with_statistics", [False, True])
 @pytest.mark.parametrize("key_heads", [2, 1])
 def test_attention_is_exact_on_codes_and_new_tokens(device, with_statistics, key_heads):
     """Sequences of other lengths, some with new prompts, some with one new token."""
-    dim, settings = 64, Settings(bits=(4, 3))
-    block_format = BlockFormat(*settings.specs(dim, dim, settings.bits))
-    statistics = statistics_of(dim, device) if with_statistics else Statistics()
-    statistics = Statistics(*(s if s is None else s[:key_heads] for s in statistics))
-    cache = cache_of(settings, dim, 12, device)[:, :key_heads].contiguous()
-    stored, new = [0, 20, 33, 5], [7, 1, 4, 1]
-    order = torch.randperm(11, generator=torch.Generator().manual_seed(0)) + 1
-    tables = [order[i * 3 : i * 3 + 3] for i in range(3)] + [order[9:11]]
-    blocks = torch.zeros(4, 3, dtype=torch.int32)
-    parts, expected = [], {torch.float32: [], torch.float64: []}
-    scale = dim**-0.5
-    for i, (old, n) in enumerate(zip(stored, new, strict=True)):
-        blocks[i, : len(tables[i])] = tables[i]
-        q = torch.randn(n, 4, dim, device=device)
-        key, value = torch.randn(2, old + n, key_heads, dim, device=device)
-        place = torch.arange(old + n)
-        slots = (tables[i][place // TOKENS] * TOKENS + place % TOKENS).to(device)
-        block_format.store(cache, key, value, slots, statistics)
-        parts.append((q, key[old:], value[old:]))
-        if old:
-            k_old, v_old = decoded(block_format, statistics, key[:old], value[:old])
-            key, value = torch.cat([k_old, key[old:]]), torch.cat([v_old, value[old:]])
-        for dtype, found in expected.items():
-            found.append(plain_attention(q.to(dtype), key.to(dtype), value.to(dtype), scale))
-    query, key, value = (torch.cat(part) for part in zip(*parts, strict=True))
-    starts = [0, *torch.tensor(new).cumsum(0).tolist()]
-    lengths = [a + b for a, b in zip(stored, new, strict=True)]
-    out = torch.full_like(query, math.nan)
-    batch = Batch(starts, lengths, blocks.to(device))
-    attend(query, key, value, cache, batch, block_format, statistics, scale, out)
-    naive, exact = (torch.cat(found).cpu() for found in expected.values())
-    assert_close(out, [naive], exact.numpy())
+    step = step_of(*MIXED, device, key_heads=key_heads, with_statistics=with_statistics)
+    step.check(step.run())
+
+
+@pytest.mark.parametrize("new", [[1, 1, 1, 1], [3, 1, 1, 2]], ids=["all", "some"])
+def test_sequences_with_one_new_token_are_attended_to_together(device, new):
+    step = step_of([20, 0, 90, 3], new, device)
+    out = step.run(attend_single)
+    single = [step.batch.starts[i] for i, n in enumerate(new) if n == 1]
+    step.check(out, single)
+    others = [i for i in range(len(out)) if i not in single]
+    assert bool(out[others].isnan().all())
+
+
+def test_padded_sequences_of_a_graph_do_no_harm(device):
+    """Their length is 0 and their table names any block."""
+    step = step_of([20, 33, 7, 50, 16], [1] * 5, device)
+    step.batch = Batch(
+        list(range(7)),
+        torch.nn.functional.pad(step.batch.stored, (0, 1)),
+        1000,
+        [],
+        torch.nn.functional.pad(step.batch.blocks, (0, 2, 0, 1), value=1),
+    )
+    for name in ("query", "key", "value"):
+        tensor = getattr(step, name)
+        setattr(step, name, torch.cat([tensor, tensor[:1]]))
+    out = step.run(attend_single)
+    step.check(out[:5])
+    assert torch.equal(out[5], step.value[5].repeat_interleave(2, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "bits"), [(128, (4, 4)), (64, (3, 2)), (128, (8, 4))])
+def test_half_numbers_on_a_gpu(dtype, dim, bits):
+    """Long and short histories, chunks of prompts, and prompts, in vLLM's layout."""
+    stored, new = [3000, 17, 0, 260, 700], [1, 1, 130, 65, 1]
+    step = step_of(stored, new, "cuda", dtype=dtype, dim=dim, bits=bits)
+    step.check(step.run())
+
+
+@pytest.mark.gpu
+def test_a_step_of_single_tokens_is_captured_without_waiting():
+    step = step_of([20, 33, 300], [1, 1, 1], "cuda", dtype=torch.float16)
+    assert step.batch.single is not None
+    step.run()
+    out = torch.empty_like(step.query)
+    arguments = (step.query, step.key, step.value, step.cache, step.batch, step.block_format)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(*arguments, step.statistics, step.scale, out)
+    for shorter in (10, 5, 0):
+        step.batch.stored.copy_(torch.tensor([20, 33, 300]) - shorter)
+        graph.replay()
+        assert torch.equal(out, step.run())
+    step.check(out)
 
 
 def test_settings_are_json_and_name_what_is_wrong():

@@ -8,6 +8,7 @@
     combine        w @ X
     attention      softmax(q K^T) V, and its log-sum-exp
     decode_attention   the same for the last tokens, over pages and a dense remainder
+    paged_attention    the same over rows in pages that lie anywhere
     cache_append   quantize into preallocated buffers, in place
     window_append  append to a dense window; pack the page that leaves it, in place
 
@@ -21,6 +22,7 @@ from quantforge.ops.combine.api import combine
 from quantforge.ops.decode_attention.api import decode_attention
 from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.mixed_search.api import mixed_search
+from quantforge.ops.paged_attention.api import paged_attention
 from quantforge.ops.quantize.api import quantize
 from quantforge.ops.scores.api import scores
 from quantforge.ops.search.api import search
@@ -33,6 +35,7 @@ __all__ = [
     "decode_attention",
     "dequantize",
     "mixed_search",
+    "paged_attention",
     "quantize",
     "scores",
     "search",

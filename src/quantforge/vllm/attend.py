@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -10,7 +11,10 @@ from quantforge.ops.attention import op as attention_op
 from quantforge.ops.attention.api import Packed
 from quantforge.ops.flash import flash
 from quantforge.ops.merge import Partial, dense_attention, fits_flash, merge_partials
+from quantforge.ops.paged_attention import op as paged_attention_op
 from quantforge.vllm.pages import BlockFormat, Statistics
+
+Rows = slice | torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +23,37 @@ class Batch:
 
     Attributes:
         starts: first token of each sequence, and their number at the end.
-        lengths: tokens of each sequence, stored ones and new ones.
-        blocks: (sequences, most blocks) int32, the blocks of each sequence.
+        stored: (sequences,) int32, tokens before this step, on the device.
+        most: no sequence has more of them.
+        stored_list: the same numbers as `stored`, where the host has to know them: of sequences
+            with several new tokens on a GPU, of all sequences elsewhere.
+        blocks: (sequences, most blocks) int32, the blocks of each sequence, on the device.
     """
 
     starts: list[int]
-    lengths: list[int]
+    stored: torch.Tensor
+    most: int
+    stored_list: list[int]
     blocks: torch.Tensor
+
+    @cached_property
+    def new(self) -> list[int]:
+        """New tokens of each sequence."""
+        pairs = zip(self.starts, self.starts[1:], strict=False)
+        return [stop - start for start, stop in pairs]
+
+    @cached_property
+    def single(self) -> tuple[Rows, Rows] | None:
+        """Sequences with one new token and these tokens, or None; first ones need no copy."""
+        found = [i for i, n in enumerate(self.new) if n == 1]
+        if not found:
+            return None
+        if found[-1] == len(found) - 1:
+            return slice(len(found)), slice(len(found))
+        places = torch.tensor([found, [self.starts[i] for i in found]])
+        if self.stored.is_cuda:
+            places = places.pin_memory().to(self.stored.device, non_blocking=True)
+        return places[0], places[1]
 
 
 def attend(
@@ -41,7 +69,8 @@ def attend(
 ) -> None:
     """Attend causally; new tokens see each other exactly and stored ones by their codes.
 
-    Sequences with one new token each are one launch on a GPU, the others one after the other.
+    On a GPU, sequences with one new token are attended to together and nothing waits for the
+    device; a batch of them alone can be captured in a CUDA graph. Others come one after the other.
 
     Args:
         query: (tokens, Hq, dim); Hq is a multiple of Hkv.
@@ -54,47 +83,70 @@ def attend(
         scale: of the logits.
         out: (tokens, Hq, value dim), written; sums are float32.
     """
-    new = [stop - start for start, stop in zip(batch.starts, batch.starts[1:], strict=False)]
-    together = [i for i, n in enumerate(new) if n == 1] if query.is_cuda else []
-    groups = [together] if together else []
-    groups += [[i] for i, n in enumerate(new) if n and not (n == 1 and query.is_cuda)]
-    for group in groups:
-        n = new[group[0]]
-        stored = [batch.lengths[i] - n for i in group]
-        tokens: slice | torch.Tensor = slice(batch.starts[group[0]], batch.starts[group[0]] + n)
-        if len(group) > 1:
-            tokens = torch.tensor([batch.starts[i] for i in group], device=query.device)
-        q, k, v = (
-            t[tokens].view(len(group), n, *t.shape[1:]).transpose(1, 2) for t in (query, key, value)
-        )
+    together = query.is_cuda
+    if together and batch.single is not None:
+        attend_single(query, key, value, cache, batch, block_format, statistics, scale, out)
+    for i, n in enumerate(batch.new):
+        if n == 0 or (n == 1 and together):
+            continue
+        tokens = slice(batch.starts[i], batch.starts[i] + n)
+        q, k, v = (t[None, tokens].transpose(1, 2) for t in (query, key, value))
         partials = [_causal(q, k, v, scale)]
-        if most := max(stored):
-            used = -(-most // cache.shape[2])
-            blocks = batch.blocks[group, :used]
+        if stored := batch.stored_list[i]:
+            blocks = batch.blocks[i : i + 1, : -(-stored // cache.shape[2])]
             packed = block_format.read(cache, blocks, statistics)
             partials.append(_history(q, *packed, stored, scale))
         merged = merge_partials(partials) if len(partials) > 1 else partials[0][0]
-        out[tokens] = merged.transpose(1, 2).reshape(-1, *out.shape[1:]).to(out.dtype)
+        out[tokens] = merged[0].transpose(0, 1).to(out.dtype)
 
 
-def _history(
-    query: torch.Tensor, key: Packed, value: Packed, stored: list[int], scale: float
-) -> Partial:
-    """Attend from (B, Hq, n, dim) to the first `stored` tokens of each sequence."""
-    most, mask = max(stored), None
-    if min(stored) < most:
-        place = torch.arange(most, device=query.device)
-        mask = place < torch.tensor(stored, device=query.device)[:, None, None, None]
+def attend_single(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    batch: Batch,
+    block_format: BlockFormat,
+    statistics: Statistics,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attend from the sequences with one new token, `batch.single`; arguments as of `attend`.
+
+    Two segments merge as in `ops.merge`; the weight of the second, one token, is a sigmoid.
+    """
+    assert batch.single is not None, "attend has looked"
+    sequences, tokens = batch.single
+    q = query[tokens]
+    keys, values = block_format.pages(cache)
+    history, lse = paged_attention_op.paged_attention(
+        q.unsqueeze(2),
+        *(*keys, statistics.key_shift, statistics.key_equalizer),
+        *(*values, statistics.value_shift, statistics.value_equalizer),
+        *(batch.blocks[sequences], batch.stored[sequences]),
+        min(batch.most, batch.blocks.shape[1] * cache.shape[2]),
+        *(scale, block_format.key_spec.key, block_format.value_spec.key),
+    )
+    shape = (key.shape[1], -1)  # query heads of each key head
+    k, v = (t[tokens].unsqueeze(2).to(torch.float32) for t in (key, value))
+    logits = (q.unflatten(1, shape).to(torch.float32) * k).sum(-1) * scale
+    weight = torch.sigmoid(logits - lse.squeeze(2).unflatten(1, shape)).unsqueeze(-1)
+    merged = torch.lerp(history.squeeze(2).unflatten(1, shape), v, weight)
+    out[tokens] = merged.flatten(1, 2).to(out.dtype)
+
+
+def _history(query: torch.Tensor, key: Packed, value: Packed, stored: int, scale: float) -> Partial:
+    """Attend from (1, Hq, n, dim) to the first `stored` tokens."""
     return attention_op.attention(
         query,
-        *(key.packed[:, :, :most], key.scales[:, :, :most], key.shift, key.equalizer),
-        *(value.packed[:, :, :most], value.scales[:, :, :most], value.shift, value.equalizer),
-        *(mask, False, scale, key.spec.key, value.spec.key),
+        *(key.packed[:, :, :stored], key.scales[:, :, :stored], key.shift, key.equalizer),
+        *(value.packed[:, :, :stored], value.scales[:, :, :stored], value.shift, value.equalizer),
+        *(None, False, scale, key.spec.key, value.spec.key),
     )
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Partial:
-    """Attend from new tokens (B, Hq, n, dim) to those up to themselves."""
+    """Attend from new tokens (1, Hq, n, dim) to those up to themselves."""
     n = query.shape[2]
     if n == 1:
         return dense_attention(query, key, value, None, scale)

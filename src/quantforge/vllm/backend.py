@@ -18,6 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -111,6 +112,8 @@ def __getattr__(name: str) -> Any:
 class BatchBuilder(AttentionMetadataBuilder):
     """Describes the batch of a step to all layers with the same blocks."""
 
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -119,6 +122,11 @@ class BatchBuilder(AttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if device.type != "cpu":
+            self._init_reorder_batch_threshold(1)  # sequences with one new token come first
+        # a captured graph reads this address
+        most = vllm_config.scheduler_config.max_num_seqs
+        self._stored = torch.zeros(most, dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -126,14 +134,34 @@ class BatchBuilder(AttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Batch:
-        """Return which tokens belong to which sequence. Waits for lengths that a GPU holds."""
+        """Return which tokens belong to which sequence."""
         common = common_attn_metadata
         n = common.num_reqs
+        starts = common.query_start_loc_cpu[: n + 1].tolist()
+        stored = self._stored[:n]
+        new = common.query_start_loc[1 : n + 1] - common.query_start_loc[:n]
+        torch.sub(common.seq_lens[:n], new, out=stored)
         return Batch(
-            common.query_start_loc_cpu[: n + 1].tolist(),
-            common.seq_lens[:n].tolist(),
-            common.block_table_tensor,
+            starts,
+            stored,
+            common.max_seq_len,
+            self._stored_list(common, starts, stored),
+            common.block_table_tensor[:n],
         )
+
+    def _stored_list(
+        self, common: CommonAttentionMetadata, starts: list[int], stored: torch.Tensor
+    ) -> list[int]:
+        """Return what `Batch` has; waits for a GPU only for what vLLM does not know exactly.
+
+        vLLM's bound is exact but for tokens that were drafted and may have been rejected.
+        """
+        bound = common.seq_lens_cpu_upper_bound
+        if stored.is_cuda and bound is not None and self.vllm_config.speculative_config is None:
+            lengths = bound[: common.num_reqs].tolist()
+            ends = zip(lengths, starts, starts[1:], strict=False)
+            return [length - (stop - start) for length, start, stop in ends]
+        return stored.tolist()
 
 
 class PackedImpl(AttentionImpl):

@@ -30,6 +30,10 @@ class Statistics(NamedTuple):
     value_equalizer: torch.Tensor | None = None
 
 
+Pages = tuple[torch.Tensor, torch.Tensor]
+"""Rows (blocks, Hkv, N, bytes) and scales (blocks, Hkv, N, 1)."""
+
+
 class _Parts(NamedTuple):
     """Views of a cache: rows (blocks * Hkv, N, bytes) and scales (blocks * Hkv, N, 1)."""
 
@@ -68,6 +72,13 @@ class BlockFormat:
             part = part if len(found) < 2 else part.view(torch.float16)
             found.append(part.unflatten(1, (tokens, -1)))
         return _Parts(*found)
+
+    def pages(self, cache: torch.Tensor) -> tuple[Pages, Pages]:
+        """Return keys and values as `ops.paged_attention` reads them: views, nothing is moved."""
+        key_rows, value_rows, key_scales, value_scales = (
+            part.unflatten(0, cache.shape[:2]) for part in self._parts(cache)
+        )
+        return (key_rows, key_scales), (value_rows, value_scales)
 
     def store(
         self,

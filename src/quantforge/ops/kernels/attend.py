@@ -72,11 +72,14 @@ def attend(
     K: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, FINAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    page_table=None, seqlens=None, table_row=0, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
     """Attend to `per_split` tokens; write normalized sums (splits, heads, rows, V.width) and lse.
 
     Strides of packed rows are in units of their alignment. lse is in units of log 2, with FINAL
-    natural. Instructions per code besides lookups: see `attention.triton`.
+    natural. With PAGE, the tokens of a page, "batch" strides are those of pages; sequence b has the
+    pages `page_table[b]` and `seqlens[b]` tokens, at most n, which its splits share out.
+    Instructions per code besides lookups: see `attention.triton`.
     """
     PARTS: tl.constexpr = K.parts
     V_PARTS: tl.constexpr = V.parts
@@ -106,15 +109,22 @@ def attend(
             rests = rests + ((x - half.to(tl.float32)).to(tl.float16),)
         q = halves
 
+    if PAGE:
+        n = tl.minimum(n, tl.load(seqlens + batch))
+        per_split = tl.cdiv(tl.maximum(n, 0), BLOCK_N * tl.num_programs(0)) * BLOCK_N
+        page_row = page_table + batch * table_row
+        origin = batch * 0
+    else:
+        origin = batch
     first = tl.program_id(0) * per_split
     last = tl.minimum(first + per_split, n)
     token = tl.arange(0, BLOCK_N)
-    k_base = k_packed + (batch * k_batch + kv_head * k_head) * K_ALIGNMENT
-    v_base = v_packed + (batch * v_batch + kv_head * v_head) * V_ALIGNMENT
+    k_base = k_packed + (origin * k_batch + kv_head * k_head) * K_ALIGNMENT
+    v_base = v_packed + (origin * v_batch + kv_head * v_head) * V_ALIGNMENT
     k_base = tl.multiple_of(k_base, K_ALIGNMENT)
     v_base = tl.multiple_of(v_base, V_ALIGNMENT)
-    ks_base = k_scales + batch * ks_batch + kv_head * ks_head
-    vs_base = v_scales + batch * vs_batch + kv_head * vs_head
+    ks_base = k_scales + origin * ks_batch + kv_head * ks_head
+    vs_base = v_scales + origin * vs_batch + kv_head * vs_head
     k_columns = tl.arange(0, K_COLUMNS)[:, None]
     v_columns = tl.arange(0, V_COLUMNS)[None, :]
     position = r % length
@@ -135,12 +145,18 @@ def attend(
         tokens = start + token
         live = tokens < last
         step = tokens.to(tl.int64)
-        k_rows = k_base + (step * k_row * K_ALIGNMENT)[None, :]
+        k_at, ks_at, v_at, vs_at = step * k_row, step * ks_row, step * v_row, step * vs_row
+        if PAGE:
+            page = tl.load(page_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
+            place = step % PAGE
+            k_at, ks_at = page * k_batch + place * k_row, page * ks_batch + place * ks_row
+            v_at, vs_at = page * v_batch + place * v_row, page * vs_batch + place * vs_row
+        k_rows = k_base + (k_at * K_ALIGNMENT)[None, :]
         keys = centroids_of(k_rows, live[None, :], k_columns, k_table, k_registers, K)
-        ks = tl.load(ks_base + step * ks_row, mask=live, other=0.0).to(tl.float32)
-        v_rows = v_base + (step * v_row * V_ALIGNMENT)[:, None]
+        ks = tl.load(ks_base + ks_at, mask=live, other=0.0).to(tl.float32)
+        v_rows = v_base + (v_at * V_ALIGNMENT)[:, None]
         values = centroids_of(v_rows, live[:, None], v_columns, v_table, v_registers, V)
-        vs = tl.load(vs_base + step * vs_row, mask=live, other=0.0).to(tl.float32)
+        vs = tl.load(vs_base + vs_at, mask=live, other=0.0).to(tl.float32)
 
         s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for part in tl.static_range(PARTS):
