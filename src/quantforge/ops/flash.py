@@ -11,7 +11,7 @@ HOPPER = 9
 MIN_CUDNN = 90100
 """cuDNN 9.1, the first whose attention for Hopper torch uses by itself."""
 MAX_CUDNN_DIM = 128
-MIN_CUDNN_TOKENS = 2048
+MIN_CUDNN_TOKENS = 512
 """Fewer are as fast by flash, with the merge that one more part needs."""
 # NVIDIA H200, triton 3.6.0, 2026-11-24: 2048 query rows of 8 key heads, dim 128, 32768 tokens:
 # 596, 544, 513, 521 and 520 us with chunks of 16, 32, 64, 128 and 256 MiB
@@ -92,6 +92,6 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     cuDNN only meets numbers of keys that are powers of two.
     """
     n = key.shape[2]
-    if n >= MIN_CHUNK and n & (n - 1) == 0 and has_cudnn(query):
+    if n >= MIN_CUDNN_TOKENS and n & (n - 1) == 0 and has_cudnn(query):
         return cudnn(query, key, value, scale)
     return flash(query, key, value, scale)
