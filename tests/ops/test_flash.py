@@ -36,7 +36,7 @@ def test_cudnn_meets_few_lengths(longest: int, monkeypatch: pytest.MonkeyPatch) 
         for first, length in flash.chunks(n, longest):
             rows = x.expand(1, 1, first + length, 1)[:, :, first:]
             flash.attend(x, rows, rows, 1.0)
-    assert met <= {1 << power for power in range(10, 15)}
+    assert met <= {1 << power for power in range(9, 15)}
     assert longest in met
 
 
@@ -44,7 +44,7 @@ def test_few_tokens_of_a_history_are_left_to_flash() -> None:
     """So the cost of a length between two powers stays near that of cuDNN's share."""
     for n in range(2048, 70_000, 97):
         rest = [length for _, length in flash.chunks(n, 16384) if length & (length - 1)]
-        assert sum(rest) < 2048
+        assert sum(rest) < 512
 
 
 @pytest.mark.parametrize(
