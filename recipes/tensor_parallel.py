@@ -64,6 +64,8 @@ def rank_of(args: argparse.Namespace, model: str) -> list[dict]:
         where = {"device_map": args.device}
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where).eval()
+    if args.device == "cuda":  # kernels are compiled when they are first needed
+        decode(loaded, args.prompt, args.new, args.bits)
     mine = decode(loaded, args.prompt, args.new, args.bits)
     seen: list = [None] * world
     distributed.all_gather_object(seen, mine)
