@@ -85,13 +85,13 @@ def test_a_sample_does_not_depend_on_batches() -> None:
 RSS = """
 import sys, gc, torch, ctypes
 torch.set_num_threads(1)
-from quantforge.vectordb import IndexConfig, QuantizedIndex
+from quantforge.vectordb import IndexConfig, QuantizedIndex, intake
 def rss():
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def fill(index, batches):
-    parts, core = index._prepare(torch.randn(4_000, 256), None)
+    parts, core = intake.prepare(index, torch.randn(4_000, 256), None)
     index._core = core
     for i in range(batches):
         core.append({**parts, "ids": parts["ids"] + 4_000 * i})

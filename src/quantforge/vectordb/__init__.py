@@ -1,6 +1,7 @@
 """Vector search on packed codes.
 
 index     QuantizedIndex: add, search, remove, save; bulk, calibrate: its longer methods
+intake    vectors on their way into it
 config    what a user chooses
 checks    input, refused before anything changes
 core      what an index is once its data are known
@@ -10,7 +11,7 @@ originals vectors kept beside codes, in memory or in a file
 lists     which rows belong together; kmeans: where lists are
 learning  what is learned from data; moments: statistics of data that pass by once
 codec     vectors to codes, scores on codes
-scan      the best rows; integer_scan, bounds: the way on the CPU
+scan      the best rows; integer_scan: all of them in one call; bounds: what the CPU leaves out
 querying  what a search does: candidates by errors, rerank, two_stage without vectors
 drift     whether what is added looks like what was learned
 files     one safetensors file; faiss_io: indexes of FAISS; stream: vectors larger than memory

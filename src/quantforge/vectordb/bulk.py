@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from quantforge.errors import InputError
+from quantforge.vectordb import intake
 from quantforge.vectordb.querying import fetching
 from quantforge.vectordb.rerank import Fetch
 from quantforge.vectordb.stream import stream_of
@@ -52,7 +53,7 @@ def rebuild(index: QuantizedIndex, fetch: Fetch | None) -> None:
         raise InputError('rebuild needs vectors: originals="float16" in the config, or fetch')
     get = fetching(index, fetch) or old.originals
     rows = torch.arange(len(index)).split(REBUILD_ROWS)
-    core = index._learn((get(part) for part in rows), None)
+    core = intake.learn(index, (get(part) for part in rows), None)
     for part in rows:
         parts = core.prepare(get(part), old.rows.ids[part])
         core.append(parts | old.catalog.parts(part))
@@ -82,7 +83,8 @@ def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:
     if not len(other):
         return
     if index._core is None:
-        index._core = copy.deepcopy(other._core)
+        index._core = copy.deepcopy(other._known)
+        index._core.to(index.device)
         return
     ours, theirs = index._core, other._known
     if not ours.has_code_of(theirs):
@@ -105,7 +107,7 @@ def shard(index: QuantizedIndex, count: int) -> list[QuantizedIndex]:
         raise InputError(f"count must be a positive integer; got {count!r}")
     found = []
     for i in range(count):
-        part = type(index)(index.dim, index.config)
+        part = type(index)(index.dim, index.config).to(index.device)
         if index._core is not None:
             part._core = index._core.part(torch.arange(i, len(index), count))
         found.append(part)

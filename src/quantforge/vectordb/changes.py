@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from quantforge.errors import FormatError
+from quantforge.vectordb import intake
 from quantforge.vectordb.index import QuantizedIndex
 from quantforge.vectordb.table import Metadata
 
@@ -43,13 +44,13 @@ class Change:
 
 def added(index: QuantizedIndex, vectors: Any, ids: Any, metadata: Metadata | None) -> Change:
     """Return what `index.add` would do; raises what it raises, and changes nothing."""
-    parts, _ = index._prepare(index._vectors(vectors), ids, metadata)
+    parts, _ = intake.prepare(index, index._vectors(vectors), ids, metadata)
     return Change("add", parts)
 
 
 def updated(index: QuantizedIndex, ids: Any, vectors: Any, metadata: Metadata | None) -> Change:
     """Return what `index.update` would do; raises what it raises, and changes nothing."""
-    _, parts = index._prepare_update(ids, vectors, metadata)
+    _, parts = intake.prepare_update(index, ids, vectors, metadata)
     return Change("update", parts)
 
 

@@ -10,9 +10,18 @@ import torch
 from quantforge.arrays import Source, as_tensor
 from quantforge.errors import InputError
 
+CPU = torch.device("cpu")
 
-def vectors_of(x: Any, dim: int, *, unit_length: bool, what: str = "vectors") -> torch.Tensor:
-    """Return vectors (n, dim) as finite float32 on the CPU, of length 1 if asked for.
+
+def vectors_of(
+    x: Any,
+    dim: int,
+    *,
+    unit_length: bool,
+    what: str = "vectors",
+    device: torch.device = CPU,
+) -> torch.Tensor:
+    """Return vectors (n, dim) as finite float32 on a device, of length 1 if asked for.
 
     Raises:
         InputError: for a wrong shape or dtype, NaN or infinity, or no direction to normalize.
@@ -20,7 +29,7 @@ def vectors_of(x: Any, dim: int, *, unit_length: bool, what: str = "vectors") ->
     source = Source.of(x, dim)
     if len(source.shape) != 2:
         raise InputError(f"{what} must have shape (n, {dim}); got {source.shape}; use x[None]")
-    found = as_tensor(x if isinstance(x, torch.Tensor) else x[:]).to("cpu", torch.float32)
+    found = as_tensor(x if isinstance(x, torch.Tensor) else x[:]).to(device, torch.float32)
     bad = ~found.isfinite().all(-1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

@@ -55,6 +55,11 @@ class Coded:
         packed = {f"packed{i}": part for i, part in enumerate(self.packed)}
         return {**packed, "scales": self.scales, "offsets": self.offsets}
 
+    def to(self, device: torch.device) -> Coded:
+        """Return the same on a device."""
+        packed = tuple(part.to(device) for part in self.packed)
+        return Coded(packed, self.scales.to(device), self.offsets.to(device))
+
     @classmethod
     def of(cls, parts: Mapping[str, torch.Tensor]) -> Coded:
         """Take the codes from tensors by name."""
@@ -115,6 +120,18 @@ class Codec:
         variance = float(((code.step[:, None] * code.basis * code.equalizer) ** 2).sum())
         length = float(self.centres.square().sum(-1).mean()) ** 0.5
         self.unit = variance if squared else length * variance**0.5 or 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes are made and scored."""
+        return self.mean.device
+
+    def to(self, device: torch.device) -> None:
+        """Move what is multiplied with vectors."""
+        moved: dict[int, torch.Tensor] = {}  # some have two names
+        for name, part in vars(self).items():
+            if isinstance(part, torch.Tensor):
+                setattr(self, name, moved.setdefault(id(part), part.to(device)))
 
     @property
     def row_bytes(self) -> int:
@@ -229,9 +246,9 @@ class Codec:
         known = torch.where(norm > 0, 1 / norm, 0.0)
         scales = coded.scales[:, 0].float()
         found = torch.empty(len(x), len(decoded), device=x.device)
-        lists = torch.zeros(len(decoded), dtype=torch.int64) if lists is None else lists
-        for label in lists.unique():
-            rows = (lists == label).nonzero()[:, 0]
+        labels = torch.zeros(len(decoded), dtype=torch.int64) if lists is None else lists.cpu()
+        for label in labels.unique().tolist():
+            rows = (labels == label).nonzero()[:, 0]
             p = self._unmix((x - self.centres[label]) @ self.dual.T)
             along = (p * self.errors) @ pull[rows].T
             variance = (p.square() @ self.errors)[:, None] - along.square() * known[rows]

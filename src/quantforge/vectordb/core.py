@@ -4,11 +4,16 @@ Rows travel as named tensors (`rows.Parts`): `prepare` makes them, `append` and 
 in, and a log that keeps them can have them taken in again.
 
 Rows move: those of a list lie together. The catalog follows them.
+
+Codes, centroids and what is multiplied with vectors lie on the device of the codec, and so do
+vectors and queries. Ids, lists, metadata, vectors that are kept, numbers of rows and results are in
+main memory.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -65,7 +70,7 @@ class Core:
         self.file: OriginalsFile | None = None
         nothing = torch.empty(0, dtype=torch.int64)
         if parts is None:
-            parts = self.prepare(torch.empty(0, len(codec.mean)), nothing)
+            parts = self.prepare(codec.mean.new_empty(0, len(codec.mean)), nothing)
             parts.pop("lists", None)
         self.rows = Rows(parts)
         self.lists = Lists.of(nothing, len(partition)) if lists is None else lists
@@ -74,20 +79,36 @@ class Core:
         self.monitor = Monitor(len(codec.mean), config.seed)
         self.plans: dict[tuple[int, float], tuple[int, Plan]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codec.device
+
+    def to(self, device: torch.device) -> None:
+        """Move the codes and what is multiplied with vectors."""
+        self.codec.to(device)
+        self.rows.to(device)
+        coded = self.partition.coded
+        centroids = self.codec.centres if coded else self.partition.centroids.to(device)
+        self.partition = dataclasses.replace(self.partition, centroids=centroids)
+        self.bounds = RowBounds(self.codec)
+        self.plans.clear()
+
     def prepare(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return rows (n, dim) as they are stored; `lists` if their codes depend on it.
 
         Raises:
             InputError: for a vector whose scale or offset is beyond fp16.
         """
+        x = x.to(self.device)
         lists = self.partition.nearest(x) if self.partition.coded else None
         parts = {**self.codec.encode(x, lists).parts, "ids": ids}
         if lists is not None:
-            parts["lists"] = lists.to(torch.int32)
+            parts["lists"] = lists.to("cpu", torch.int32)
         if self.file is not None:
             parts["places"] = self.file.append(x)
         elif self.config.originals != "none":
-            parts["originals"] = pack(x, self.config.originals)
+            parts["originals"] = pack(x, self.config.originals).cpu()
         return parts
 
     # ---- rows come, move and go -------------------------------------------------------------
@@ -166,7 +187,7 @@ class Core:
         """Whether codes of the other mean the same here."""
         ours, theirs = vars(self.codec.code), vars(other.codec.code)
         same = all(np.array_equal(ours[name], theirs[name]) for name in ours if name != "errors")
-        return same and torch.equal(self.codec.centres, other.codec.centres)
+        return same and torch.equal(self.codec.centres.cpu(), other.codec.centres.cpu())
 
     def _all_but(self, index: torch.Tensor) -> torch.Tensor:
         keep = torch.ones(len(self.rows), dtype=torch.bool)
@@ -183,7 +204,8 @@ class Core:
             return parts["lists"].to(torch.int64)
         if len(self.partition) == 1:
             return torch.zeros(len(parts["ids"]), dtype=torch.int64)
-        return self.partition.nearest(self.codec.decode(Rows(parts).coded(slice(None))))
+        coded = Rows(parts).coded(slice(None)).to(self.device)
+        return self.partition.nearest(self.codec.decode(coded)).cpu()
 
     def _make_lists(self, nlist: int) -> None:
         """Make lists that show the way, by what codes stand for."""
@@ -194,7 +216,7 @@ class Core:
             self.config, self.decode(sample), nlist, coded=False
         )
         every = torch.arange(len(self.rows))
-        labels = [self.partition.nearest(self.decode(part)) for part in every.split(1 << 16)]
+        labels = [self.partition.nearest(self.decode(part)).cpu() for part in every.split(1 << 16)]
         ordered, order = torch.cat(labels).sort(stable=True)
         self._arrange(order)
         self.lists = Lists.of(ordered, nlist)
@@ -224,7 +246,7 @@ class Core:
         return scan.Shelf(self.codec, self.rows, self.lists, self.partition.coded, self.bounds)
 
     def decode(self, index: torch.Tensor) -> torch.Tensor:
-        """Decode rows, (m, dim) float32."""
+        """Decode rows, (m, dim) float32, on the device of the codes."""
         return self.codec.decode(self.rows.coded(index), self._lists_of(index))
 
     def best(
@@ -248,14 +270,17 @@ class Core:
             if allowed is not None:
                 labels = self.lists.of_rows(allowed)
                 counts = torch.bincount(labels, minlength=len(self.partition))
-            probes = scan.nearest_lists(routes, counts, nprobe, k)
-        return scan.best(self.shelf, self.codec.queries(query), k, probes, allowed)
+            probes = scan.nearest_lists(routes, counts.to(routes.device), nprobe, k)
+        scores, rows = scan.best(self.shelf, self.codec.queries(query), k, probes, allowed)
+        return scores.cpu(), rows.cpu()
 
     def above(
         self, query: torch.Tensor, threshold: float, allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return limits (q + 1,), rows and scores of those that score at least the threshold."""
-        return scan.above(self.shelf, self.codec.queries(query), threshold, allowed)
+        found = scan.above(self.shelf, self.codec.queries(query), threshold, allowed)
+        limits, rows, scores = (part.cpu() for part in found)
+        return limits, rows, scores
 
     def rerank(
         self,
@@ -266,11 +291,12 @@ class Core:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the k best (q, k) of candidates (q, m), by vectors kept or fetched by rows."""
         vectors_of = self.originals if fetch is None else fetch
-        return rerank_by(vectors_of, query, rows, k, squared=self.config.metric == "l2")
+        return rerank_by(vectors_of, query.cpu(), rows, k, squared=self.config.metric == "l2")
 
     def standard_errors(self, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return the expected errors (q, m) of the scores of rows."""
-        return self.codec.standard_errors(query, self.rows.coded(index), self._lists_of(index))
+        coded, lists = self.rows.coded(index), self._lists_of(index)
+        return self.codec.standard_errors(query, coded, lists).cpu()
 
     def report(self) -> dict[str, int]:
         """Return the bytes held, by part."""

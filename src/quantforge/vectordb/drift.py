@@ -91,7 +91,7 @@ class Sums:
     def add(self, y: torch.Tensor) -> None:
         """Take in projections (n, directions)."""
         self.count += len(y)
-        self.powers += powers_of(y)
+        self.powers += powers_of(y).cpu()
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return mean, variance, and variance of the squared distance from the mean."""
@@ -150,7 +150,7 @@ class Monitor:
     def digest(self, x: torch.Tensor) -> torch.Tensor:
         """Return all that is wanted of vectors (n, dim), for `take`: their sums, or few as such."""
         y = self._project(x)
-        return y if len(x) <= POWERS else powers_of(y)
+        return (y if len(x) <= POWERS else powers_of(y)).cpu()
 
     def take(self, digest: torch.Tensor, n: int) -> None:
         """Take in what `digest` returned of n vectors that are added."""
@@ -206,10 +206,13 @@ class Monitor:
         self._learned, self._added = Sums(count, learned.clone()), Sums(count2, added.clone())
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.to("cpu", torch.float64)
+        x = x.to(torch.float64)
+        directions = self._directions.to(x.device)
         if self._pivot is None and len(x):
-            self._pivot = x.mean(0)
-        return x @ self._directions if self._pivot is None else (x - self._pivot) @ self._directions
+            self._pivot = x.mean(0).cpu()
+        return (
+            x @ directions if self._pivot is None else (x - self._pivot.to(x.device)) @ directions
+        )
 
 
 def threshold_of(tests: int, look: int) -> float:

@@ -52,6 +52,7 @@ def save(
         tensors |= core.catalog.tensors() | core.monitor.tensors()
         header["catalog"] = core.catalog.settings()
     metadata = {"index": json.dumps(header)}
+    tensors = {name: part.cpu() for name, part in tensors.items()}
     save_file(tensors, path, metadata=metadata, max_shard_size=max_shard_size)
 
 

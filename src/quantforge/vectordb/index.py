@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
@@ -11,19 +10,16 @@ import numpy as np
 import torch
 
 from quantforge.errors import InputError
-from quantforge.vectordb import bulk, files, querying
+from quantforge.vectordb import bulk, files, intake, querying
 from quantforge.vectordb.calibrate import Calibration, calibrate
 from quantforge.vectordb.catalog import Catalog, named
-from quantforge.vectordb.checks import vectors_of
+from quantforge.vectordb.checks import CPU, vectors_of
 from quantforge.vectordb.config import IndexConfig
 from quantforge.vectordb.core import Core
 from quantforge.vectordb.drift import Drift, Monitor
-from quantforge.vectordb.learning import learn
 from quantforge.vectordb.querying import Rerank
 from quantforge.vectordb.rerank import Fetch
 from quantforge.vectordb.table import Metadata
-
-MAX_VECTORS = 1 << 32
 
 
 class QuantizedIndex:
@@ -50,6 +46,7 @@ class QuantizedIndex:
         self.dim = dim
         self.config = IndexConfig() if config is None else config
         self._core: Core | None = None
+        self._device = CPU
 
     def __len__(self) -> int:
         return 0 if self._core is None else len(self._core.rows)
@@ -77,6 +74,25 @@ class QuantizedIndex:
         """Lists that a search looks into, if it does not say how many."""
         return 1 if self._core is None else self._core.partition.nprobe
 
+    @property
+    def device(self) -> torch.device:
+        """Where codes are held, made and searched."""
+        return self._device
+
+    def to(self, device: torch.device | str) -> QuantizedIndex:
+        """Move the codes to a device, such as "cuda", where vectors and queries are then taken too.
+
+        Ids, metadata, lists and vectors that are kept stay in main memory; so do results.
+
+        Returns:
+            This index.
+        """
+        device = torch.empty(0, device=device).device  # "cuda" is the current one of several
+        if self._core is not None:
+            self._core.to(device)
+        self._device = device
+        return self
+
     def train(self, batches: Any, expected: int | None = None) -> None:
         """Learn mean, directions, bits and lists from a sample, in one pass.
 
@@ -100,7 +116,7 @@ class QuantizedIndex:
             if type(expected) is not int or expected < 1:
                 raise InputError(f"expected must be a positive integer; got {expected!r}")
             nlist = self.config.lists_for(expected)
-        self._core = self._learn(batches, nlist)
+        self._core = intake.learn(self, batches, nlist)
 
     def add(self, vectors: Any, ids: Any = None, metadata: Metadata | None = None) -> np.ndarray:
         """Add vectors; an untrained index learns from them first.
@@ -119,7 +135,7 @@ class QuantizedIndex:
             InputError: for vectors, ids or metadata that do not fit.
         """
         x = self._vectors(vectors)
-        parts, core = self._prepare(x, ids, metadata)
+        parts, core = intake.prepare(self, x, ids, metadata)
         if core is not None:
             core.append(parts)
             self._core = core
@@ -236,7 +252,7 @@ class QuantizedIndex:
         rows = self._rows_of(ids)
         if not len(rows):
             return np.empty((0, self.dim), np.float32)
-        return self._known.decode(rows).numpy()
+        return self._known.decode(rows).cpu().numpy()
 
     def remove_ids(self, ids: Any) -> None:
         """Remove vectors; the rows after them move up. All rows are copied.
@@ -253,7 +269,7 @@ class QuantizedIndex:
 
         Columns of metadata that are given are replaced too; others stay as they are.
         """
-        rows, parts = self._prepare_update(ids, vectors, metadata)
+        rows, parts = intake.prepare_update(self, ids, vectors, metadata)
         if len(rows):
             self._known.replace(rows, parts)
 
@@ -362,39 +378,8 @@ class QuantizedIndex:
         return self._core
 
     def _vectors(self, x: Any, what: str = "vectors") -> torch.Tensor:
-        return vectors_of(x, self.dim, unit_length=self.config.metric == "cosine", what=what)
-
-    def _prepare(
-        self, x: torch.Tensor, ids: Any, metadata: Metadata | None = None
-    ) -> tuple[dict[str, torch.Tensor], Core | None]:
-        """Return new rows as they are stored, and where: an untrained index learns from them."""
-        new = self._catalog.check(ids, metadata, len(x))
-        if len(self) + len(x) > MAX_VECTORS:
-            raise InputError(f"an index holds at most {MAX_VECTORS} vectors; use another one")
-        if not len(x):
-            return new, None
-        if self._core is None:
-            core = self._learn([x], None)
-        else:
-            core, new = self._core, {**new, "drift": self._core.monitor.digest(x)}
-        return core.prepare(x, new["ids"]) | new, core
-
-    def _prepare_update(
-        self, ids: Any, vectors: Any, metadata: Metadata | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return rows that are there, and what replaces them."""
-        x = self._vectors(vectors)
-        rows = self._rows_of(ids, len(x))
-        keys = self._known.rows.ids[rows] if len(self) else torch.empty(0, dtype=torch.int64)
-        parts = self._known.prepare(x, keys) if len(x) else {"ids": keys}
-        return rows, parts | self._catalog.check_update(metadata, len(x))
-
-    def _learn(self, batches: Iterable[Any], nlist: int | None) -> Core:
-        monitor = Monitor(self.dim, self.config.seed)
-        checked = monitor.learning(self._vectors(batch) for batch in batches)
-        core = Core(self.config, *learn(self.config, self.dim, checked, nlist))
-        core.monitor = monitor
-        return core
+        unit_length = self.config.metric == "cosine"
+        return vectors_of(x, self.dim, unit_length=unit_length, what=what, device=self._device)
 
     def _rows_of(self, ids: Any, n: int | None = None) -> torch.Tensor:
         return self._catalog.ids.rows_of(ids, n)

@@ -35,18 +35,20 @@ def best(
     """Return the k best scores (q, k), falling, and their rows, as `scan.best`."""
     if probes is None and shelf.coded:
         probes = torch.arange(shelf.lists.count).expand(len(queries.base), -1)
+    probes = None if probes is None else probes.cpu()
+    device = queries.base.device
     if allowed is not None and GATHERED_SHARE * len(allowed) < len(shelf.rows):
         return _gathered(shelf, queries, k, probes, allowed)
-    bitmap = None if allowed is None else _bitmap_of(allowed, len(shelf.rows))
+    bitmap = None if allowed is None else _bitmap_of(allowed, len(shelf.rows)).to(device)
     coded, bounds = shelf.rows.coded(slice(None)), None
-    if shelf.bounds is not None:
+    if shelf.bounds is not None and device.type == "cpu":
         bounds = shelf.bounds.of(shelf.rows)
     if probes is None:
         return _search(shelf, queries, queries.base[:, 0], coded, k, None, bounds, bitmap)
     first = shelf.lists.sorted_rows
     who, lists, labels, starts = _visits(probes)
     ranges = torch.stack([shelf.lists.starts[labels], shelf.lists.starts[labels + 1]], 1)
-    visits = Visits(ranges, starts, who)
+    visits = Visits(ranges, starts, who.to(device))
     base = queries.base[who, lists if shelf.coded else 0]
     found = _search(shelf, queries, base, coded, k, visits, bounds, bitmap)
     if first == len(shelf.rows):
@@ -75,12 +77,12 @@ def _gathered(
         asked.scatter_(1, probes % (shelf.lists.count + 1), value=True)  # -1 is the last place
         which, who = asked[:, there].T.nonzero(as_tuple=True)
         starts = torch.searchsorted(which, torch.arange(len(there) + 1))
-        visits = Visits(torch.stack([ends - counts, ends], 1), starts, who)
+        visits = Visits(torch.stack([ends - counts, ends], 1), starts, who.to(queries.base.device))
         base = queries.base[who, there[which] if shelf.coded else 0]
     scores, found = _search(shelf, queries, base, coded, k, visits, None, None)
     if not len(rows):
         return scores, found
-    return scores, torch.where(found >= 0, rows[found.clamp_min(0)], -1)
+    return scores, torch.where(found >= 0, rows.to(found.device)[found.clamp_min(0)], -1)
 
 
 def _search(

@@ -53,13 +53,15 @@ def learn(
     if len(sample) < nlist:
         raise InputError(f"{nlist} lists are learned from as many vectors; got {len(sample)}")
     if nlist == 1:
-        code, mode = _learn_code(config, moments, sample - torch.from_numpy(moments.mean).float())
+        mean = torch.from_numpy(moments.mean).to(sample)
+        code, mode = _learn_code(config, moments, sample - mean)
         return Codec(code, mode, seed, squared=squared), Partition.single(dim)
     partition = learn_partition(config, sample, nlist, coded=True)
     rest = sample - partition.centroids[partition.nearest(sample)]
     code, mode = _learn_code(config, measure([rest], dim), rest)
     code = dataclasses.replace(code, mean=moments.mean)
-    return Codec(code, mode, seed, squared=squared, centres=partition.centroids), partition
+    centres = partition.centroids.cpu()
+    return Codec(code, mode, seed, squared=squared, centres=centres), partition
 
 
 def learn_partition(
@@ -96,12 +98,13 @@ def curve_of(
     Args:
         config: of the index.
         partition: the lists.
-        query: (q, dim).
+        query: (q, dim), on the device of the centroids.
         labels: (q, k) the list of each neighbour, -1 for none.
     """
     order = routes(config.metric, query, partition.centroids).argsort(1, descending=True)
+    labels = labels.to(order.device)
     rank = order.argsort(1).gather(1, labels.clamp_min(0))[labels >= 0]
-    seen = torch.bincount(rank, minlength=len(partition)).cumsum(0)
+    seen = torch.bincount(rank.cpu(), minlength=len(partition)).cumsum(0)
     return seen.to(torch.float32) / max(1, len(rank))
 
 

@@ -24,7 +24,7 @@ class Partition:
     """Where lists are.
 
     Attributes:
-        centroids: (lists, dim) float32.
+        centroids: (lists, dim) float32, on the device of the codes; all else is on the CPU.
         coded: codes are of the difference to the centroid; otherwise it shows the way only.
         curve: (lists,) float32, expected recall of a search in the 1, 2, ... nearest lists; empty
             where it is unknown.

@@ -11,6 +11,8 @@ from quantforge.errors import InputError
 from quantforge.numerics.vectors import Moments
 
 SAMPLE_BYTES = 1 << 28
+CHUNK_ROWS = 1 << 16
+"""Vectors that are float64 at once."""
 
 
 def measure(batches: Iterable[torch.Tensor], dim: int) -> Moments:
@@ -47,7 +49,7 @@ class Passing:
         self._outer = torch.zeros(dim, dim, dtype=torch.float64)
 
     def see(self, batches: Iterable[torch.Tensor]) -> Passing:
-        """Take in batches (n, dim) of float32."""
+        """Take in batches (n, dim) of float32, all on one device."""
         for batch in batches:
             if len(batch):
                 self._measure(batch)
@@ -59,8 +61,10 @@ class Passing:
         """Moments of all of them."""
         if self._pivot is None:
             raise InputError("train got no vectors; give at least 2")
-        sums = (self._pivot.numpy(), self._total.numpy(), self._outer.numpy())
-        return Moments(self._n, *sums, self._fourth)
+        pivot, total, outer = (
+            part.cpu().numpy() for part in (self._pivot, self._total, self._outer)
+        )
+        return Moments(self._n, pivot, total, outer, self._fourth)
 
     @property
     def sample(self) -> torch.Tensor:
@@ -68,17 +72,19 @@ class Passing:
         return self._shrink()
 
     def _measure(self, batch: torch.Tensor) -> None:
-        x = batch.to("cpu", torch.float64)
-        self._pivot = x.mean(0) if self._pivot is None else self._pivot
-        centred = x - self._pivot
-        self._n += len(x)
-        self._total += centred.sum(0)
-        self._outer += centred.T @ centred
-        self._fourth += float(centred.square().sum(1).square().sum())
+        if self._pivot is None:
+            self._pivot = batch.mean(0, dtype=torch.float64)
+            self._total, self._outer = self._total.to(batch.device), self._outer.to(batch.device)
+        self._n += len(batch)
+        for part in batch.split(CHUNK_ROWS):
+            centred = part.to(self._pivot) - self._pivot
+            self._total += centred.sum(0)
+            self._outer += centred.T @ centred
+            self._fourth += float(centred.square().sum(1).square().sum())
 
     def _keep(self, batch: torch.Tensor) -> None:
         """Keep the vectors with the smallest of uniform random numbers."""
-        self._kept.append(batch.to("cpu", torch.float32, copy=True))
+        self._kept.append(batch.to(torch.float32, copy=True))
         self._tickets = np.concatenate([self._tickets, self._draw.random_sample(len(batch))])
         if len(self._tickets) > 2 * self._limit:
             self._shrink()

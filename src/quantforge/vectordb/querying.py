@@ -81,7 +81,7 @@ def fetching(
         return None
 
     def by_rows(rows: torch.Tensor) -> torch.Tensor:
-        x = index._vectors(fetch(index._catalog.ids.names(rows)), "fetched vectors")
+        x = index._vectors(fetch(index._catalog.ids.names(rows)), "fetched vectors").cpu()
         if len(x) != len(rows):
             raise InputError(f"fetch was given {len(rows)} ids and returned {len(x)}")
         return x
@@ -105,7 +105,7 @@ def _in_two_stages(
             "two stages are for an index without lists and a search without filter, which read all "
             "codes otherwise; leave two_stage out"
         )
-    plan = plan_of(core, k, recall)
+    plan, query = plan_of(core, k, recall), query.to(core.device)
     coded = core.rows.coded(slice(None))
     scores = torch.full((len(query), k), -torch.inf)
     rows = torch.full((len(query), k), -1)

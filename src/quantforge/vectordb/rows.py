@@ -58,6 +58,11 @@ class Growing:
         """Overwrite rows; a buffer that is a file's stays as it is there."""
         self._buffer[index] = rows.to(self._buffer.device)
 
+    def to(self, device: torch.device) -> None:
+        """Move the rows, without spare room."""
+        if self._buffer.device != device:
+            self._buffer = self.rows.to(device)
+
     def keep(self, index: torch.Tensor) -> None:
         """Keep these rows alone, in this order, without spare room."""
         self._buffer = self.rows[index]
@@ -104,6 +109,12 @@ class Rows:
     def coded(self, index: slice | torch.Tensor) -> Coded:
         """Return the codes of some rows."""
         return Coded.of({name: self[name][index] for name in self._parts if is_code(name)})
+
+    def to(self, device: torch.device) -> None:
+        """Move the codes; ids and vectors that are kept stay in main memory."""
+        for name, part in self._parts.items():
+            if is_code(name):
+                part.to(device)
 
     @property
     def row_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
     score(q, row) = scores(q, codes of row) + base(q, list of row)
 
-On the CPU `best` is one pass over the lists by integer products (`integer_scan`).
+`best` is one pass over the lists by integer products (`integer_scan`).
 """
 
 from __future__ import annotations
@@ -52,20 +52,17 @@ class Shelf:
 
     def tile(self, queries: Queries, index: slice | torch.Tensor) -> torch.Tensor:
         """Return scores (q, m) of rows without the base: those that `best` orders by."""
-        integers = queries.base.device.type == "cpu"
-        scores = self.codec.integer_scores if integers else self.codec.scores
-        return scores(queries, self.rows.coded(index))
+        return self.codec.integer_scores(queries, self.rows.coded(index))
 
 
 def tiles(shelf: Shelf, queries: Queries, allowed: torch.Tensor | None) -> Iterator[Tile]:
     """Yield rows (m,) and scores (q, m) of all of them, or those allowed (rising), in order."""
-    device = queries.base.device
     count = len(shelf.rows) if allowed is None else len(allowed)
     step = tile_rows(len(queries.base))
     for start in range(0, count, step):
         stop = min(start + step, count)
         if allowed is None:
-            rows = torch.arange(start, stop, device=device)
+            rows = torch.arange(start, stop)
             tile = shelf.tile(queries, slice(start, stop))
         else:
             rows = allowed[start:stop]
@@ -89,8 +86,7 @@ def best(
         probes: (q, p) int64, the lists to look into, -1 for none; None for all rows.
         allowed: rows that may be found, rising; None for all.
     """
-    here = queries.base.device.type == "cpu"
-    return (integer_scan.best if here else best_by_tiles)(shelf, queries, k, probes, allowed)
+    return integer_scan.best(shelf, queries, k, probes, allowed)
 
 
 def best_by_tiles(
@@ -126,16 +122,15 @@ def above(
     shelf: Shelf, queries: Queries, threshold: float, allowed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return limits (q + 1,), rows and scores of all rows that score at least the threshold."""
-    device = queries.base.device
-    limits = torch.zeros(len(queries.base) + 1, dtype=torch.int64, device=device)
-    which, found = [limits[:0]], [limits[:0]]
-    scores = [queries.base.new_empty(0)]
+    limits = torch.zeros(len(queries.base) + 1, dtype=torch.int64)
+    which, found, scores = [limits[:0]], [limits[:0]], [torch.empty(0)]
     for rows, tile in tiles(shelf, queries, allowed):
-        query, column = (tile >= threshold).nonzero(as_tuple=True)
+        good = tile >= threshold
+        query, column = good.nonzero().cpu().unbind(1)
         limits[1:] += torch.bincount(query, minlength=len(queries.base))
         which.append(query)
         found.append(rows[column])
-        scores.append(tile[query, column])
+        scores.append(tile[good].cpu())
     order = torch.cat(which).argsort(stable=True)
     return limits.cumsum(0), torch.cat(found)[order], torch.cat(scores)[order]
 
