@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from numpy.typing import NDArray
 
 from quantforge import settings
 from quantforge.errors import ConfigError
 from quantforge.spec import (
-    CodebookName,
     Estimator,
     QuantSpec,
     Rotation,
     ScaleDtype,
     ScaleRule,
     check_choice,
+    codebook_text,
     hadamard_base,
 )
 
@@ -27,8 +30,9 @@ class QuantForgeConfig:
 
     Args:
         bits: bits per number, 1-8.
-        rotation: "auto" (Hadamard where the dim has one, else QR), "hadamard" or "qr".
-        codebook: "lloyd_max", "gaussian" or "e4m3"; see `QuantSpec`.
+        rotation: "auto" (Hadamard where the dim has one, else QR), "hadamard", "qr" or "none".
+        codebook: "lloyd_max", "gaussian" or "e4m3", or 2^bits centroids of your own; see
+            `QuantSpec`.
         scale_rule: "unbiased" (inner products, search), "norm" or "mse" (reconstruction).
         estimator: "mse", or "prod" for the QJL residual. At equal bits its error is larger; it
             is there to reproduce arXiv 2504.19874, Algorithm 2.
@@ -43,7 +47,7 @@ class QuantForgeConfig:
 
     bits: int = 4
     rotation: Literal["auto"] | Rotation = "auto"
-    codebook: CodebookName = "lloyd_max"
+    codebook: str | Sequence[float] | NDArray = "lloyd_max"
     scale_rule: ScaleRule = "unbiased"
     estimator: Estimator = "mse"
     shift: bool = False
@@ -52,11 +56,12 @@ class QuantForgeConfig:
     scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
-        check_choice("rotation", self.rotation, ("auto", "hadamard", "qr"))
+        check_choice("rotation", self.rotation, ("auto", *get_args(Rotation)))
         for name in ("shift", "equalizer"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        self.spec(64)  # checks the other fields; dim 64 has every rotation
+        spec = self.spec(64)  # checks the other fields; dim 64 has every rotation
+        object.__setattr__(self, "codebook", spec.codebook)
 
     def spec(self, dim: int) -> QuantSpec:
         """Return the spec for vectors of `dim` numbers.
@@ -72,7 +77,7 @@ class QuantForgeConfig:
             bits=self.bits,
             rotation=rotation,
             seed=self.seed,
-            codebook=self.codebook,
+            codebook=codebook_text(self.codebook),
             scale_rule=self.scale_rule,
             estimator=self.estimator,
             scale_dtype=self.scale_dtype,

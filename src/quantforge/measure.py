@@ -17,7 +17,7 @@ from quantforge.numerics.codebook import load_codebook
 from quantforge.numerics.lloyd_max import distortion
 from quantforge.ops.search.api import search
 from quantforge.pipeline import QuantPipeline
-from quantforge.spec import QuantSpec
+from quantforge.spec import QuantSpec, own_centroids
 from quantforge.tensor import QuantTensor
 
 REPEATS = 3
@@ -36,7 +36,8 @@ class Measured:
         bytes_per_vector: codes and scales.
         ratio: bytes as float32 over those bytes.
         mse: `sum |x - decoded|^2 / sum |x|^2`.
-        theory: the mse to expect of vectors without structure; None for the QJL residual.
+        theory: the mse to expect of vectors without structure; None for the QJL residual
+            and for a codebook of one's own.
         bound: 4^-bits, Shannon's, which no code of so many bits beats on such vectors.
         cosine: between vector and decoded vector, on average.
         recall: share of the k greatest inner products found on codes; None without queries.
@@ -68,11 +69,12 @@ def theory(spec: QuantSpec) -> float | None:
         D / (1 - D)              where inner products are unbiased
         2 - 2 sqrt(1 - D)        where the norm is kept
 
-    D is that of the exact Lloyd-Max codebook of this dim. None for the QJL residual.
+    D is that of the exact Lloyd-Max codebook of this dim. None for the QJL
+    residual and for a codebook of one's own.
 
     Source: arXiv 2504.19874, Theorem 1; the others follow from cos^2 = 1 - D.
     """
-    if spec.estimator == "prod":
+    if spec.estimator == "prod" or own_centroids(spec.codebook) is not None:
         return None
     centroids = load_codebook("lloyd_max", spec.code_bits, spec.dim).centroids.astype(np.float64)
     lost = distortion(centroids[len(centroids) // 2 :], spec.dim if spec.dim >= 4 else 0)

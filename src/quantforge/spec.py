@@ -8,13 +8,17 @@ on every backend.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quantforge.errors import ConfigError, FormatError
 
-Rotation = Literal["hadamard", "qr"]
+Rotation = Literal["hadamard", "qr", "none"]
 CodebookName = Literal["lloyd_max", "gaussian", "e4m3"]
 ScaleRule = Literal["unbiased", "norm", "mse"]
 Estimator = Literal["mse", "prod"]
@@ -24,9 +28,15 @@ MAX_BITS = 8
 E4M3_MAX_BITS = 5
 """Beyond 5 bits fp8 has too few values per octave to hold the codebook."""
 
+CENTROIDS = "centroids:"
+"""What the text of a codebook of one's own begins with."""
+
+_LARGEST = (2.0**-4, 2.0**10)
+_LEAST_GAP = 2.0**-14
+"""Of centroids as a share of the largest: tables of uniform cells stay small."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "rotation": get_args(Rotation),
-    "codebook": get_args(CodebookName),
     "scale_rule": get_args(ScaleRule),
     "estimator": get_args(Estimator),
     "scale_dtype": get_args(ScaleDtype),
@@ -55,6 +65,61 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
         raise ConfigError(f"{name} must be an integer from {low} to {high}; got {value!r}")
 
 
+def codebook_text(codebook: str | Sequence[float] | NDArray) -> str:
+    """Return a codebook as a spec holds it: a name, or "centroids:" and float32 numbers.
+
+    Raises:
+        ConfigError: for what is neither text nor numbers.
+    """
+    if isinstance(codebook, str):
+        return codebook
+    try:
+        centroids = np.asarray(codebook, np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"a codebook is a name or numbers: {error}") from error
+    if centroids.ndim != 1:
+        raise ConfigError(f"centroids are a sequence of numbers; got shape {centroids.shape}")
+    return CENTROIDS + ",".join(map(str, centroids))
+
+
+def own_centroids(codebook: str) -> NDArray[np.float32] | None:
+    """Return the centroids that a codebook's text lists, None for a name."""
+    if not codebook.startswith(CENTROIDS):
+        return None
+    return np.array(codebook.removeprefix(CENTROIDS).split(","), np.float32)
+
+
+def _check_codebook(codebook: object, bits: int) -> str:
+    """Return the canonical text of a codebook; `ConfigError` if it cannot be one."""
+    if not isinstance(codebook, str) or not codebook.startswith(CENTROIDS):
+        names = get_args(CodebookName)
+        if codebook not in names:
+            raise ConfigError(
+                f"codebook must be one of {', '.join(names)}, or 2^bits centroids; got {codebook!r}"
+            )
+        return str(codebook)
+    count = codebook.count(",") + 1
+    if count != 1 << bits:
+        raise ConfigError(f"a codebook of {bits} bits has {1 << bits} centroids; got {count}")
+    try:
+        centroids = own_centroids(codebook)
+    except ValueError as error:
+        raise ConfigError(f"the centroids of a codebook are numbers: {error}") from error
+    assert centroids is not None
+    largest = float(np.abs(centroids).max())
+    if not _LARGEST[0] <= largest <= _LARGEST[1]:  # nor NaN
+        raise ConfigError(
+            f"the largest centroid must be from {_LARGEST[0]} to {_LARGEST[1]:.0f} in size; got "
+            f"{largest}; their unit is that of coordinates with mean square 1"
+        )
+    if not np.diff(centroids.astype(np.float64)).min() >= _LEAST_GAP * largest:
+        raise ConfigError(
+            "centroids must ascend, each by 2^-14 of the largest at least; sort them, and leave "
+            "none out twice"
+        )
+    return codebook_text(centroids)
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """How vectors of one dimension are coded.
@@ -62,11 +127,14 @@ class QuantSpec:
     Args:
         dim: vector length.
         bits: bits per coordinate, 1-8; with `estimator="prod"` one of them is the QJL sign.
-        rotation: "hadamard" (randomized, exact on every backend) or "qr" (Haar; a matmul,
-            so its codes may differ between backends in the last bit).
+        rotation: "hadamard" (randomized, exact on every backend), "qr" (Haar; a matmul,
+            so its codes may differ between backends in the last bit) or "none", for vectors
+            whose coordinates have a known distribution of their own.
         seed: seed of the rotation.
-        codebook: "lloyd_max" (Beta marginal of a rotated unit vector), "gaussian" (its limit)
-            or "e4m3" (Lloyd-Max snapped to fp8 values, 1-5 bits).
+        codebook: "lloyd_max" (Beta marginal of a rotated unit vector), "gaussian" (its limit),
+            "e4m3" (Lloyd-Max snapped to fp8 values, 1-5 bits), or centroids of your own as
+            `codebook_text` writes them: 2^bits numbers that ascend, in units of coordinates
+            with mean square 1. Boundaries are halfway between them.
         scale_rule: what the stored scale preserves: "unbiased" inner products, the vector's
             "norm", or least squared error ("mse").
         estimator: "mse", or "prod" for the QJL residual (arXiv 2504.19874, Algorithm 2).
@@ -80,7 +148,7 @@ class QuantSpec:
     bits: int = 4
     rotation: Rotation = "hadamard"
     seed: int = 0
-    codebook: CodebookName = "lloyd_max"
+    codebook: str = "lloyd_max"
     scale_rule: ScaleRule = "unbiased"
     estimator: Estimator = "mse"
     scale_dtype: ScaleDtype = "float16"
@@ -92,6 +160,7 @@ class QuantSpec:
         check_int("seed", self.seed, 0, 2**32 - 1)
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        object.__setattr__(self, "codebook", _check_codebook(self.codebook, self.code_bits))
         if self.rotation == "hadamard" and hadamard_base(self.dim) is None:
             raise ConfigError(
                 f"there is no Hadamard rotation of dim {self.dim}: it needs 2^k times 1, 12, 20 "
@@ -104,6 +173,8 @@ class QuantSpec:
             )
         if self.estimator == "prod" and self.bits < 2:
             raise ConfigError('estimator="prod" needs bits >= 2: one of them is the QJL sign')
+        if self.estimator == "prod" and self.rotation == "none":
+            raise ConfigError('estimator="prod" needs a rotation: its signs are of random ones')
         key = ";".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
         object.__setattr__(self, "_key", key)
 

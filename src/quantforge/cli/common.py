@@ -94,7 +94,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 def add_code(parser: argparse.ArgumentParser) -> None:
     """Declare the fields of a `QuantForgeConfig`, but for bits and seed."""
     parser.add_argument("--config", type=Path, help="settings file, as `optimize` writes one")
-    parser.add_argument("--rotation", choices=("auto", "hadamard", "qr"))
+    parser.add_argument("--rotation", choices=("auto", "hadamard", "qr", "none"))
     parser.add_argument("--codebook", choices=("lloyd_max", "gaussian", "e4m3"))
     parser.add_argument("--scale-rule", choices=("unbiased", "norm", "mse"))
     parser.add_argument("--scale-dtype", choices=("float16", "float32"))

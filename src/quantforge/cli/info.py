@@ -70,6 +70,6 @@ def _describe(name: str, entry: Entry) -> dict[str, Any]:
 def _code(spec: dict[str, Any] | None) -> str:
     if spec is None:
         return "-"
-    names = [spec["rotation"], spec["codebook"], spec["scale_rule"]]
+    names = [spec["rotation"], spec["codebook"].partition(":")[0], spec["scale_rule"]]
     names += ["qjl"] if spec["estimator"] == "prod" else []
     return f"{spec['bits']} bits, {', '.join(names)}"

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from quantforge.config import QuantForgeConfig
 from quantforge.errors import ConfigError
-from quantforge.spec import CodebookName, QuantSpec, ScaleRule, check_choice, check_int
+from quantforge.spec import QuantSpec, ScaleRule, check_choice, check_int, codebook_text
 
 Layout = Literal["auto", "pages", "rows"]
 Bits = int | tuple[int, int]
@@ -43,7 +43,7 @@ class CacheConfig:
             equalized: found when the first page is packed, and reported. None leaves them.
         key_scale_rule: what the scale of a key preserves.
         value_scale_rule: what the scale of a value preserves.
-        codebook: see `QuantSpec`.
+        codebook: see `QuantSpec`; centroids of your own go with one number of bits for all.
         seed: seed of the rotation.
         layout: "pages" of tokens, which fused decode attention reads, or "rows"; "auto" takes pages
             where the GPU, the dtype and the codes have that kernel.
@@ -64,7 +64,7 @@ class CacheConfig:
     outlier_bits: Bits | None = None
     key_scale_rule: ScaleRule = "norm"
     value_scale_rule: ScaleRule = "unbiased"
-    codebook: CodebookName = "lloyd_max"
+    codebook: str = "lloyd_max"
     seed: int = 0
     layout: Layout = "auto"
 
@@ -73,6 +73,7 @@ class CacheConfig:
         check_int("window", self.window, 0, 1 << 20)
         check_int("page_size", self.page_size, 1, 1 << 16)
         check_choice("layout", self.layout, get_args(Layout))
+        object.__setattr__(self, "codebook", codebook_text(self.codebook))
         heads = {int(head): _checked(bits) for head, bits in self.head_bits.items()}
         object.__setattr__(self, "bits", _checked(self.bits))
         object.__setattr__(self, "importance", tuple(map(_checked, self.importance)))

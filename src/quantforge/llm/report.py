@@ -24,7 +24,7 @@ from quantforge.llm.outliers import LOUD, loudness
 from quantforge.llm.store import Store
 from quantforge.numerics.codebook import load_codebook
 from quantforge.numerics.lloyd_max import distortion
-from quantforge.spec import QuantSpec
+from quantforge.spec import QuantSpec, own_centroids
 
 BIASED = 1.0
 """Key bias from which the mean, left in, would take most of the bits."""
@@ -191,7 +191,7 @@ def _scores(keys: Store, values: Store) -> Scores:
 
 
 def _logit_error(keys: Store, rms: torch.Tensor) -> float | None:
-    if keys.query_rms is None:
+    if keys.query_rms is None or own_centroids(keys.spec.codebook) is not None:
         return None
     query, dim = keys.query_rms, keys.spec.dim
     equalizer = torch.ones_like(rms)

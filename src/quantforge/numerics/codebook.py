@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantforge.numerics.lloyd_max import DATA_FILE, GAUSSIAN
-from quantforge.spec import CodebookName, QuantSpec
+from quantforge.spec import QuantSpec, own_centroids
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +39,15 @@ def _positive_half(row: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=256)
-def load_codebook(name: CodebookName, bits: int, dim: int) -> Codebook:
-    """Return the stored codebook.
+def load_codebook(name: str, bits: int, dim: int) -> Codebook:
+    """Return the stored codebook, or the one whose centroids are listed.
 
     "lloyd_max" takes the tabulated dim nearest in 1/d; from dim 74 on this costs less than 1e-4
     of the distortion at any bits, between smaller dims of the table up to 1.5% (tested).
     """
+    if (own := own_centroids(name)) is not None:
+        halfway = (own[1:].astype(np.float64) + own[:-1]) / 2
+        return Codebook(own, _numbered(halfway.astype(np.float32), bits))
     tables, unit = _tables(), 1.0
     if name == "e4m3":
         positive = _positive_half(tables["e4m3_centroids"], bits)
@@ -66,6 +69,13 @@ def _numbered(boundaries: NDArray[np.float32], bits: int) -> NDArray[np.float32]
     """
     numbers = np.arange(len(boundaries), dtype=np.int32)
     return ((boundaries.view(np.int32) & -(1 << bits)) | numbers).view(np.float32)
+
+
+@lru_cache(maxsize=256)
+def is_symmetric(spec: QuantSpec) -> bool:
+    """Return whether c is a centroid wherever -c is: some kernels look up magnitudes alone."""
+    centroids = codebook_of(spec).centroids
+    return np.array_equal(centroids, -centroids[::-1])
 
 
 def codebook_of(spec: QuantSpec) -> Codebook:

@@ -8,7 +8,8 @@ and scales are the same bits on numpy, torch and a GPU. (The QR rotation is a ma
             else 2^floor(log2 max|x'|)
     v     = x' / p
     norm  = sqrt(tree_sum(v * v))
-    u     = butterfly(v * signs) * (1 / norm)       coordinates of mean square 1
+    u     = butterfly(v * signs) * (1 / norm)       coordinates of mean square 1; without a
+                                                    rotation (v * sqrt(d)) * (1 / norm)
     code  = number of boundaries below u            c = centroids[code]
     a     = d / <u, c>  |  sqrt(d / <c, c>)  |  <u, c> / <c, c>      "unbiased" | "norm" | "mse"
     scale = fp16(norm / sqrt(d) * a * p)
@@ -100,6 +101,8 @@ def _rotate_raw(v: F32, spec: QuantSpec, seed: int) -> F32:
     if spec.rotation == "qr":
         matrix = rotation_matrix(spec, seed=seed) * sqrt(spec.dim)
         return v @ matrix.T.astype(np.float32)
+    if spec.rotation == "none":
+        return v * np.float32(encode_constants(spec.dim).sqrt_dim)
     base = hadamard_base(spec.dim)
     assert base is not None, "QuantSpec admits only dims that have a Hadamard rotation"
     return butterfly(v * rotation_signs(spec.dim, seed), base)

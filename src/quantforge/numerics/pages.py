@@ -32,6 +32,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from quantforge.numerics.codebook import is_symmetric
 from quantforge.spec import QuantSpec
 
 PAGE_BITS = (2, 3, 4)
@@ -75,6 +76,8 @@ def why_no_pages(key: QuantSpec, value: QuantSpec) -> str | None:
     for name, spec in (("keys", key), ("values", value)):
         if spec.estimator != "mse" or spec.scale_dtype != "float16":
             return f'{name} need estimator="mse" and float16 scales'
+        if not is_symmetric(spec):
+            return f"{name} have a codebook that is not symmetric"
         if spec.bits not in PAGE_BITS:
             return f"{name} have {spec.bits} bits; pages hold {PAGE_BITS}"
         if spec.dim not in PAGE_DIMS[spec.bits]:

@@ -1,4 +1,4 @@
-"""Seeded rotations R: randomized Hadamard `H diag(signs) / sqrt(d)`, or Haar by QR.
+"""Seeded rotations R: randomized Hadamard `H diag(signs) / sqrt(d)`, Haar by QR, or none.
 
 Random streams come from `numpy.random.RandomState`, which numpy keeps frozen (NEP 19), so a
 seed means the same rotation for ever.
@@ -42,6 +42,8 @@ def rotation_matrix(spec: QuantSpec, *, seed: int | None = None) -> NDArray[np.f
     seed = spec.seed if seed is None else seed
     if spec.rotation == "qr":
         return haar_matrix(spec.dim, seed)
+    if spec.rotation == "none":
+        return np.eye(spec.dim)
     base = hadamard_base(spec.dim)
     assert base is not None, "QuantSpec admits only dims that have a Hadamard rotation"
     power = (spec.dim // base).bit_length() - 1

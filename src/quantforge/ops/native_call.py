@@ -116,8 +116,9 @@ def statistic_of(t: torch.Tensor | None, lead: torch.Size) -> Statistic:
 
 def turn(x: torch.Tensor, spec: QuantSpec, *, inverse: bool = False) -> torch.Tensor:
     """Return `R x`, or `R^T x`, of rows (..., dim) in float32: contiguous and new."""
-    if spec.rotation == "qr":
-        return (unrotate if inverse else rotate)(x, spec, spec.seed).contiguous()
+    if spec.rotation != "hadamard":
+        turned = (unrotate if inverse else rotate)(x, spec, spec.seed).contiguous()
+        return turned.clone() if turned is x else turned
     x = x.contiguous()
     out = torch.empty_like(x)
     sizes = (x.numel() // spec.dim, x.data_ptr(), out.data_ptr())

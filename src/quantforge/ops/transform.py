@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quantforge.numerics.encode import encode_constants
 from quantforge.numerics.hadamard import Terms, dense_program
 from quantforge.ops import constants
 from quantforge.spec import QuantSpec, hadamard_base
@@ -17,7 +18,7 @@ of the time of the matmul (docs/LOG.md, 2026-11-24)."""
 
 def is_dense(spec: QuantSpec, device: torch.device) -> bool:
     """Return whether rotations that need not be bit-exact are matmuls."""
-    return spec.rotation == "qr" or spec.dim <= MAX_DENSE_DIM[device.type]
+    return spec.rotation != "hadamard" or spec.dim <= MAX_DENSE_DIM[device.type]
 
 
 def butterfly(x: torch.Tensor, *, transpose: bool = False) -> torch.Tensor:
@@ -53,14 +54,18 @@ def _sum_of_terms(parts: list[torch.Tensor], terms: Terms) -> torch.Tensor:
 
 
 def rotate_raw(v: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
-    """Return `sqrt(d) R v` of columns (dim, n), bit for bit as `numerics.encode` (Hadamard)."""
+    """Return `sqrt(d) R v` of columns (dim, n), bit for bit as `numerics.encode` (not QR)."""
     if spec.rotation == "qr":
         return (constants.rotation(spec, seed, v.device) * spec.dim**0.5) @ v
+    if spec.rotation == "none":
+        return v * encode_constants(spec.dim).sqrt_dim
     return butterfly(v * constants.signs(spec.dim, seed, v.device))
 
 
 def rotate(x: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
     """Return `R x` of rows (..., dim), float32; not bit-exact."""
+    if spec.rotation == "none":
+        return x
     if is_dense(spec, x.device):
         return x @ constants.rotation(spec, seed, x.device).T
     columns = x.reshape(-1, spec.dim).T.contiguous()
@@ -70,6 +75,8 @@ def rotate(x: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
 
 def unrotate(y: torch.Tensor, spec: QuantSpec, seed: int) -> torch.Tensor:
     """Return `R^T y` of rows (..., dim), float32: the inverse of `rotate`."""
+    if spec.rotation == "none":
+        return y
     if is_dense(spec, y.device):
         return y @ constants.rotation(spec, seed, y.device)
     columns = y.reshape(-1, spec.dim).T.contiguous()

@@ -60,11 +60,11 @@ class DenseRotations:
         Raises:
             ApiError: for one beyond the limit.
         """
-        if spec.rotation != "qr":
+        if spec.rotation == "hadamard":
             return
         if spec.dim > limit:
             raise too_large(
-                f"QR rotations have at most dim {limit} here; got {spec.dim}",
+                f"rotation={spec.rotation!r} has at most dim {limit} here; got {spec.dim}",
                 "pad vectors to 2^k times 1, 12, 20 or 28 numbers, which have a Hadamard rotation",
             )
         with self._lock:

@@ -45,7 +45,7 @@ class Background(Strict):
 class Codec(Strict):
     """The code to use."""
 
-    rotation: Literal["auto", "hadamard", "qr"] = "auto"
+    rotation: Literal["auto", "hadamard", "qr", "none"] = "auto"
     codebook: CodebookName = "lloyd_max"
     scale_rule: ScaleRule = "unbiased"
     estimator: Estimator = "mse"

@@ -15,6 +15,7 @@ from math import gcd
 import torch
 import triton
 
+from quantforge.numerics.codebook import is_symmetric
 from quantforge.numerics.packing import planes
 from quantforge.ops import constants
 from quantforge.ops.attention import extend
@@ -112,6 +113,8 @@ def supports(
     for spec in (QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)):
         if spec.estimator == "prod":
             return "the QJL residual is a second product in another basis"
+        if not is_symmetric(spec):
+            return "the codebook is not symmetric"
         if spec.dim > MAX_DIM:
             return f"dim {spec.dim} is more than {MAX_DIM}"
     return None

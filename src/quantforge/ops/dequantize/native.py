@@ -27,7 +27,7 @@ def supports(
     """Return why the arguments are not for this backend, or None."""
     spec = QuantSpec.from_key(spec_key)
     if spec.rotation != "hadamard":
-        return "native dequantize has no QR rotation"
+        return f"native dequantize has Hadamard rotations only, not {spec.rotation}"
     if dtype not in DTYPES:
         return f"native kernels do not write {dtype}"
     return cannot_run(spec, device=packed.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantforge.numerics.codebook import is_symmetric
 from quantforge.numerics.packing import planes
 from quantforge.ops.kernels.axes import Axes
 from quantforge.ops.kernels.tuning import Placement, odd_factor
@@ -24,8 +25,10 @@ def why_not(spec: QuantSpec, rows: torch.Tensor, dtype: torch.dtype) -> str | No
     reason = cannot_run_on(rows.device)
     if reason is not None:
         return reason
-    if spec.rotation == "qr":
-        return "the QR rotation is a matmul"
+    if spec.rotation != "hadamard":
+        return f"kernels have Hadamard rotations only, not {spec.rotation}"
+    if not is_symmetric(spec):
+        return "the codebook is not symmetric"
     power = spec.dim // odd_factor(spec.dim)
     if power < MIN_POWER or spec.dim > MAX_DIM:
         return f"dim {spec.dim} exceeds {MAX_DIM} or has a power of two below {MIN_POWER}"

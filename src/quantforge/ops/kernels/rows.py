@@ -7,6 +7,7 @@ from math import gcd, prod
 
 import torch
 
+from quantforge.numerics.codebook import is_symmetric
 from quantforge.numerics.packing import planes
 from quantforge.ops.kernels.query import MAX_FACTORED_DIM
 from quantforge.ops.launch import INTERPRET, cannot_run_on
@@ -45,6 +46,8 @@ def reason_against(
         return f"the dense operand is on {dense.device}, the codes on {packed.device}"
     if spec.estimator == "prod":
         return "the QJL residual is a second product in another basis"
+    if not is_symmetric(spec):
+        return "the codebook is not symmetric"
     if spec.dim > MAX_FACTORED_DIM:
         return f"dim {spec.dim} is more than {MAX_FACTORED_DIM}"
     if INTERPRET and dense.dtype == torch.bfloat16:

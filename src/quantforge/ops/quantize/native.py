@@ -24,7 +24,7 @@ def supports(
     """Return why the arguments are not for this backend, or None."""
     spec = QuantSpec.from_key(spec_key)
     if spec.rotation != "hadamard":
-        return "native quantize has no QR rotation"
+        return f"native quantize has Hadamard rotations only, not {spec.rotation}"
     if x.dtype not in DTYPES:
         return f"native kernels do not read {x.dtype}"
     return cannot_run(spec, device=x.device)
