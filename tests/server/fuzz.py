@@ -24,6 +24,7 @@ from safetensors.torch import save
 from quantforge import QuantForgeConfig, QuantTensor, save_file
 from quantforge.server import Settings, create_app
 from tests.helpers import gaussian
+from tests.mutations import mutated
 from tests.server.test_tensors import JSON, NPY, SAFETENSORS, npy
 
 MiB = 2**20
@@ -90,27 +91,10 @@ class Fuzzer:
         assert seconds < MAX_SECONDS, f"{seconds:.1f} s"
         return answer.status_code
 
-    def _mutated(self, body: bytes) -> bytes:
-        rng, found = self._random, bytearray(body)
-        for _ in range(rng.choice([0, 1, 1, 2, 8])):
-            at = rng.randrange(len(found) + 1)
-            how = rng.randrange(5)
-            if how == 0 and at < len(found):
-                found[at] ^= 1 << rng.randrange(8)
-            elif how == 1:
-                del found[at : at + rng.choice([1, 8, 1000])]
-            elif how == 2:
-                found[at:at] = rng.randbytes(rng.choice([1, 8, 64]))
-            elif how == 3 and at < len(found):
-                found[at : at + 8] = rng.choice([b"\xff" * 8, b"\0" * 8, b"9" * 8])
-            else:
-                del found[at:]
-        return bytes(found)
-
     def _safetensors(self) -> bytes:
         rng = self._random
         if rng.random() < 0.5:
-            return self._mutated(rng.choice(self._seeds[SAFETENSORS]))
+            return mutated(rng, rng.choice(self._seeds[SAFETENSORS]))
         size = rng.choice([0, 4, 32, 512])
         entry = {
             "dtype": rng.choice(DTYPES),
@@ -133,7 +117,7 @@ class Fuzzer:
     def _npy(self) -> bytes:
         rng = self._random
         if rng.random() < 0.5:
-            return self._mutated(rng.choice(self._seeds[NPY]))
+            return mutated(rng, rng.choice(self._seeds[NPY]))
         shape = tuple(rng.choice(SIZES) for _ in range(rng.randrange(4)))
         fields = {
             "descr": rng.choice(DESCRIPTIONS),
@@ -149,7 +133,7 @@ class Fuzzer:
     def _json(self) -> bytes:
         rng = self._random
         if rng.random() < 0.3:
-            return self._mutated(rng.choice(self._seeds[JSON]))
+            return mutated(rng, rng.choice(self._seeds[JSON]))
         row = [[rng.choice(NUMBERS) if rng.random() < 0.1 else rng.random() for _ in range(8)]
                for _ in range(rng.randrange(3))]  # fmt: skip
         fields = {
@@ -196,31 +180,41 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def run_server(cases: int, seed: int) -> dict[str, Any]:
+    """Send so many cases to a server; raise `AssertionError` for the first that fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(folder=Path(folder), max_vectors=10_000)
+        with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+            fuzzer, counts = Fuzzer(client, seed), dict[int, int]()
+            for _ in range(100):  # tables are made once
+                fuzzer.send(fuzzer.case())
+            before = peak_bytes()
+            for i in range(cases):
+                case = fuzzer.case()
+                try:
+                    status = fuzzer.send(case)
+                    assert peak_bytes() - before < MAX_GROWTH, "memory"
+                except BaseException:
+                    print(f"case {i} of seed {seed}: {case}", file=sys.stderr)
+                    raise
+                counts[status] = counts.get(status, 0) + 1
+            grown = (peak_bytes() - before) / MiB
+    return {
+        "cases": cases,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_growth_mib": round(grown, 1),
+        "statuses": dict(sorted(counts.items())),
+    }
+
+
 def main() -> None:
     """Run until the cases are through, or one fails; say which."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(folder=Path(folder), max_vectors=10_000)
-        with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
-            fuzzer, counts = Fuzzer(client, args.seed), dict[int, int]()
-            for _ in range(100):  # tables are made once
-                fuzzer.send(fuzzer.case())
-            before = peak_bytes()
-            for i in range(args.cases):
-                case = fuzzer.case()
-                try:
-                    status = fuzzer.send(case)
-                    assert peak_bytes() - before < MAX_GROWTH, "memory"
-                except BaseException:
-                    print(f"case {i} of seed {args.seed}: {case}", file=sys.stderr)
-                    raise
-                counts[status] = counts.get(status, 0) + 1
-            grown = (peak_bytes() - before) / MiB
-    print(json.dumps({"cases": args.cases, "seed": args.seed, "statuses": counts,
-                      "peak_growth_mib": round(grown, 1)}))  # fmt: skip
+    print(json.dumps(run_server(args.cases, args.seed)))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def arrow_entries(path: Path) -> dict[str, Entry]:
         with pyarrow.memory_map(str(path)) as source:
             for batch in _record_batches(source):
                 chosen = batch if columns is None else batch.select(columns)
+                chosen.validate(full=True)  # Arrow ends the process where it meets bad offsets
                 for start in range(0, batch.num_rows, rows):
                     yield chosen.slice(start, rows)
 
@@ -72,7 +73,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         else:
             with pyarrow.memory_map(str(path)) as source:
                 table = _reader(source).read_all()
+                table.validate()
                 table = table.select(_flat(table.schema))
+                table.validate(full=True)
         return table.to_pylist()
 
 
@@ -104,10 +107,10 @@ def _reader(source: Any) -> Any:
 
 def _record_batches(source: Any) -> Iterator[Any]:
     reader = _reader(source)
-    if hasattr(reader, "num_record_batches"):
-        yield from map(reader.get_batch, range(reader.num_record_batches))
-    else:
-        yield from reader
+    known = hasattr(reader, "num_record_batches")
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if known else reader:
+        batch.validate()
+        yield batch
 
 
 @contextmanager

@@ -1,0 +1,334 @@
+"""Damaged files for every reader, and bodies for the server: refused by name, or read.
+
+    python -m tests.fuzz --cases 1000000 --http 100000 --output benchmarks/results/fuzz.json
+    python -m tests.fuzz --seed 0 --start 4711 --cases 1       one case once more
+
+Case i of a seed is always the same. A case fails with an exception that is neither a
+QuantForgeError nor an OSError, when it takes longer than MAX_SECONDS, and when the peak of memory
+has grown by more than MAX_GROWTH. The address space is limited, so a case cannot take the machine
+down; a crash or a hang of native code ends the run and names its case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.record import environment
+from quantforge import (
+    QuantForgeConfig,
+    QuantForgeError,
+    QuantPipeline,
+    QuantTensor,
+    load_file,
+    save_file,
+)
+from quantforge.inputs import open_vectors
+from quantforge.io.npz import load_npz
+from quantforge.llm import QuantForgeCache
+from quantforge.vectordb import IndexConfig, IndexStore, QuantizedIndex
+from tests.helpers import gaussian
+from tests.inputs.test_inputs import WRITERS, X, records
+from tests.mutations import mutated, mutated_json, mutated_safetensors
+from tests.server.fuzz import MAX_GROWTH, MAX_SECONDS, MiB, peak_bytes, run_server
+
+ADDRESS_SPACE = 8 * 1024 * MiB
+"""Beyond what the process has when the cases begin."""
+
+GOLDEN = Path(__file__).parent / "golden"
+DIM = 8
+
+
+class Reader(NamedTuple):
+    """One kind of file.
+
+    Attributes:
+        target: the file that is damaged, in a folder with `files`.
+        files: good files by name.
+        read: reads the folder, as far as it can.
+    """
+
+    target: str
+    files: dict[str, bytes]
+    read: Callable[[Path], object]
+
+
+def _vectors(path: Path) -> None:
+    array = open_vectors(path)
+    array.dequantize() if hasattr(array, "dequantize") else (array[:3], array[-2:])
+
+
+def _tensors(path: Path) -> None:
+    for value in load_file(path).values():
+        value.dequantize() if hasattr(value, "dequantize") else value.float().sum()
+
+
+def _index(path: Path) -> None:
+    index = QuantizedIndex.load(path)
+    index.search(gaussian(2, index.dim), 3)
+
+
+def _store(folder: Path) -> None:
+    with IndexStore.open(folder, read_only=True) as store:
+        store.index.search(gaussian(2, DIM), 3)
+
+
+def _settings(path: Path) -> None:
+    refused = 0
+    for read in (QuantForgeConfig.from_file, IndexConfig.from_file, QuantForgeCache.from_file):
+        try:
+            read(path)
+        except QuantForgeError:
+            refused += 1
+    if refused:
+        raise QuantForgeError("refused")
+
+
+def readers() -> dict[str, Reader]:
+    """Return every reader, with good files made now or kept in tests/golden."""
+    found = {}
+
+    def add(name: str, path: Path, read: Callable[[Path], object]) -> None:
+        found[name] = Reader(
+            path.name, {path.name: path.read_bytes()}, lambda f: read(f / path.name)
+        )
+
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        for name, write in WRITERS.items():
+            write(folder / name)
+        QuantPipeline(16).compress_file(X, folder / "ours.npz")
+        records(folder / "x.bvecs", X.astype(np.uint8), "u1")
+        for path in sorted(folder.iterdir()):
+            add(f"vectors {path.name}", path, _vectors)
+        sections = {"vectors": QuantForgeConfig().to_dict(), "index": IndexConfig().to_dict(),
+                    "cache": {"bits": [4, 3], "layers": {"0": {"bits": 8}}}}  # fmt: skip
+        settings = folder / "settings.json"
+        settings.write_text(json.dumps({"quantforge_settings": 1, **sections}))
+        add("settings", settings, _settings)
+        found |= _shards(folder / "shards") | _stores(folder / "store")
+        add("npz", folder / "ours.npz", load_npz)
+    for path in sorted(GOLDEN.glob("format_*.safetensors")):
+        add(f"tensors {path.name}", path, _tensors)
+    for path in sorted(GOLDEN.glob("index_*.safetensors")):
+        add(f"index {path.name}", path, _index)
+    for path in sorted(GOLDEN.glob("cache_*.safetensors")):
+        add(f"cache {path.name}", path, QuantForgeCache.load)
+    return found
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _shards(folder: Path) -> dict[str, Reader]:
+    folder.mkdir()
+    x = QuantTensor.quantize(torch.from_numpy(gaussian(6, DIM)), QuantForgeConfig(bits=3))
+    save_file({"a": x, "b": x.clone()}, folder / "m.safetensors", max_shard_size=64)
+    target = "m.safetensors.index.json"
+    return {"shards": Reader(target, _contents(folder), lambda f: _tensors(f / "m.safetensors"))}
+
+
+def _stores(folder: Path) -> dict[str, Reader]:
+    with IndexStore.create(folder, DIM, IndexConfig(mode="oblivious")) as store:
+        store.add(gaussian(20, DIM), metadata={"year": list(range(20))})
+        store.compact()
+        store.add(gaussian(4, DIM, seed=1), ids=[100, 101, 102, 103])
+        store.remove_ids([3])
+    files = _contents(folder)
+    files.pop("lock", None)
+    targets = {"manifest": ".json", "base": ".safetensors", "log": ".qf"}
+    return {
+        f"store {name}": Reader(next(n for n in files if n.endswith(suffix)), files, _store)
+        for name, suffix in targets.items()
+    }
+
+
+def damaged(rng: random.Random, name: str, body: bytes) -> bytes:
+    """Return a bad file: of bytes that changed, or of a header that says something else."""
+    if rng.random() < 0.5:
+        if name.endswith(".safetensors"):
+            return mutated_safetensors(rng, body)
+        if name.endswith(".json"):
+            return mutated_json(rng, body)
+    return mutated(rng, body)
+
+
+# ---- guards --------------------------------------------------------------------------------
+
+
+@contextmanager
+def limited_address_space(extra: int) -> Iterator[None]:
+    """Let this process map so many bytes more than it has mapped; then MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def limited_time(seconds: float) -> Iterator[None]:
+    """Raise `AssertionError` in Python code that takes longer."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- running -------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What became of the cases.
+
+    Attributes:
+        read: cases by reader that were read in spite of all.
+        refused: likewise refused.
+        failures: by the line that failed: how many, and the first case.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def fail(self, case: int, name: str, error: BaseException) -> None:
+        """Count a failure."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        key = f"{type(error).__name__} {Path(last.filename).name}:{last.lineno}"
+        entry = self.failures.setdefault(
+            key, {"count": 0, "case": case, "reader": name, "error": str(error)[:300]}
+        )
+        entry["count"] += 1
+
+
+def run(
+    kinds: dict[str, Reader],
+    seed: int,
+    cases: range,
+    folder: Path,
+    started: Callable[[int], object] = lambda case: None,
+) -> Outcome:
+    """Read damaged files, each kind in turn.
+
+    Args:
+        kinds: by name.
+        seed: of all cases.
+        cases: their numbers; the same number is the same case.
+        folder: for the files, best in memory.
+        started: called with the number of each case.
+    """
+    outcome, names = Outcome(), sorted(kinds)
+    for kind in kinds.values():
+        kind.read(_written(folder, kind.files))  # it is good, and tables are made once
+    before = peak_bytes()
+    for case in cases:
+        started(case)
+        name = names[case % len(names)]
+        kind, rng = kinds[name], random.Random(f"{seed} {case}")
+        bad = damaged(rng, kind.target, kind.files[kind.target])
+        here = _written(folder, {**kind.files, kind.target: bad})
+        try:
+            with warnings.catch_warnings(), limited_time(MAX_SECONDS):
+                warnings.simplefilter("ignore")  # numpy warns of headers that Python 2 wrote
+                kind.read(here)
+            outcome.read[name] += 1
+        except (QuantForgeError, OSError):
+            outcome.refused[name] += 1
+        except (Exception, AssertionError) as error:
+            outcome.fail(case, name, error)
+        if (peak := peak_bytes()) - before > MAX_GROWTH:
+            outcome.fail(case, name, MemoryError(f"peak grew by {(peak - before) / MiB:.0f} MiB"))
+            before = peak
+    return outcome
+
+
+def _written(folder: Path, files: dict[str, bytes]) -> Path:
+    for path in folder.iterdir():
+        path.unlink()  # what is mapped stays as it was
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def main() -> None:
+    """Run all cases and write what became of them; exit 1 if any failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=100_000, help="of files")
+    parser.add_argument("--start", type=int, default=0, help="number of the first")
+    parser.add_argument("--http", type=int, default=0, help="bodies sent to a server as well")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON")
+    args = parser.parse_args()
+    faulthandler.enable()
+    files = _run_files(args.seed, range(args.start, args.start + args.cases))
+    result = {"environment": environment("cpu"), "seed": args.seed, "files": files}
+    if args.http:
+        result["http"] = run_server(args.http, args.seed)
+    text = json.dumps(result, indent=1) + "\n"
+    print(text, end="")
+    if args.output is not None:
+        args.output.write_text(text)
+    sys.exit(1 if files["failures"] else 0)
+
+
+def _run_files(seed: int, cases: range) -> dict[str, Any]:
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as text:
+        folder = Path(text) / "case"
+        folder.mkdir()
+        note = os.open(Path(text) / "number", os.O_WRONLY | os.O_CREAT)
+        print(f"after a crash, {text}/number has the number of its case", file=sys.stderr)
+
+        def started(case: int) -> None:
+            os.pwrite(note, b"%-12d" % case, 0)
+            if case % 64 == 0:
+                faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True)
+
+        kinds, start, before = readers(), time.perf_counter(), peak_bytes()
+        with limited_address_space(ADDRESS_SPACE):
+            outcome = run(kinds, seed, cases, folder, started)
+        faulthandler.cancel_dump_traceback_later()
+        os.close(note)
+    return {
+        "cases": len(cases),
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_growth_mib": round((peak_bytes() - before) / MiB, 1),
+        "read": dict(sorted(outcome.read.items())),
+        "refused": dict(sorted(outcome.refused.items())),
+        "failures": outcome.failures,
+    }
+
+
+if __name__ == "__main__":
+    main()
