@@ -29,6 +29,16 @@ OPTIONS = {"ids", "where", "nprobe", "recall", "rerank"}
 """Of a search, that go to the index as they are."""
 
 
+def check_results(k: int, queries: int, settings: Settings) -> None:
+    """Refuse a search that asks for more than the limits."""
+    if k > settings.max_k or k * queries > settings.max_results:
+        raise too_large(
+            f"at most {settings.max_k} neighbours of a query and {settings.max_results} in "
+            f"all; got k={k} for {queries} queries",
+            "ask for fewer, or in several requests",
+        )
+
+
 class Collection:
     """One index store, and who may touch it.
 
@@ -132,14 +142,8 @@ class Collection:
             InputError: for what does not fit.
             ApiError: beyond the limits.
         """
-        settings, k = self._settings, asked.k
-        count = len(asked.like or ()) if queries is None else len(queries)
-        if k > settings.max_k or k * count > settings.max_results:
-            raise too_large(
-                f"at most {settings.max_k} neighbours of a query and {settings.max_results} in "
-                f"all; got k={k} for {count} queries",
-                "ask for fewer, or in several requests",
-            )
+        k = asked.k
+        check_results(k, len(asked.like or ()) if queries is None else len(queries), self._settings)
         options = asked.model_dump(include=OPTIONS, exclude_none=True)
         with self._held() as store:
             index = store.index

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -13,8 +13,13 @@ from quantforge.server.app import create_app
 from quantforge.server.observe import LOG, JsonFormatter
 from quantforge.server.settings import Settings
 
+if TYPE_CHECKING:
+    from quantforge.vectordb.sharded import ShardedIndex
 
-def run(settings: Settings | None = None, **options: Any) -> None:
+
+def run(
+    settings: Settings | None = None, *, sharded: ShardedIndex | None = None, **options: Any
+) -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first.
 
     Log lines are JSON on stderr. One process, whatever the number of cores: collections are in
@@ -22,6 +27,7 @@ def run(settings: Settings | None = None, **options: Any) -> None:
 
     Args:
         settings: how to run; or give its fields as options.
+        sharded: an index to front, as `create_app` has it.
         options: fields of `Settings`.
 
     Raises:
@@ -32,7 +38,7 @@ def run(settings: Settings | None = None, **options: Any) -> None:
     configure_logging()
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(settings),
+            create_app(settings, sharded),
             host=settings.host,
             port=settings.port,
             log_config=None,

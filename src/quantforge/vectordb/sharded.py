@@ -109,13 +109,36 @@ class ShardedIndex:
         self._shards: dict[str, QuantizedIndex] = {}
         self._version = self._request = 0
         self._assignment: Assignment = {}
-        self._count, self._texts = 0, False
+        self._count, self._closed = 0, False
         if rank == 0:
             self.rebalance()
 
     def __len__(self) -> int:
         """Vectors of the ranks that answered when shards were last spread; rank 0 knows."""
         return self._count
+
+    @property
+    def assignment(self) -> Assignment:
+        """Names of shards by rank, as they were last spread; rank 0 knows."""
+        return self._assignment
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self._own().dim
+
+    @property
+    def metric(self) -> str:
+        """What vectors are compared by."""
+        return self._own().config.metric
+
+    def _own(self) -> QuantizedIndex:
+        own = next(iter(self._shards.values()), None)
+        if own is None:
+            raise InputError(
+                f"rank {self._rank} holds no shard; there must be at least one for each rank"
+            )
+        return own
 
     # ---- rank 0 asks ------------------------------------------------------------------------
 
@@ -149,9 +172,7 @@ class ShardedIndex:
         """
         if on_failure not in ("error", "partial"):
             raise InputError(f'on_failure must be "error" or "partial"; got {on_failure!r}')
-        own = next(iter(self._shards.values()), None)
-        if own is None:
-            raise InputError("rank 0 holds no shard; there must be at least one for each rank")
+        own = self._own()
         if type(k) is not int or not 1 <= k <= len(self):
             raise InputError(f"k must be an integer from 1 to {len(self)} vectors; got {k!r}")
         query = vectors_of(queries, own.dim, unit_length=False, what="queries").cpu().numpy()
@@ -205,8 +226,9 @@ class ShardedIndex:
         return self._assignment
 
     def close(self) -> None:
-        """Let the other ranks return from `serve`."""
-        if self._rank == 0:
+        """Let the other ranks return from `serve`; a second call does nothing."""
+        if self._rank == 0 and not self._closed:
+            self._closed = True
             self._post({}, {"close": True})
 
     def _post(self, arrays: dict[str, np.ndarray], note: dict[str, Any]) -> None:
