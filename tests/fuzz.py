@@ -224,8 +224,9 @@ class Outcome:
 
     def fail(self, case: int, name: str, error: BaseException) -> None:
         """Count a failure."""
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        key = f"{type(error).__name__} {Path(last.filename).name}:{last.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)[-1:]
+        where = [f" {Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+        key = type(error).__name__ + "".join(where)
         entry = self.failures.setdefault(
             key, {"count": 0, "case": case, "reader": name, "error": str(error)[:300]}
         )
@@ -287,11 +288,12 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=100_000, help="of files")
     parser.add_argument("--start", type=int, default=0, help="number of the first")
     parser.add_argument("--http", type=int, default=0, help="bodies sent to a server as well")
+    parser.add_argument("--only", default="", help="readers whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
     faulthandler.enable()
-    files = _run_files(args.seed, range(args.start, args.start + args.cases))
+    files = _run_files(args.only, args.seed, range(args.start, args.start + args.cases))
     result = {"environment": environment("cpu"), "seed": args.seed, "files": files}
     if args.http:
         result["http"] = run_server(args.http, args.seed)
@@ -302,7 +304,7 @@ def main() -> None:
     sys.exit(1 if files["failures"] else 0)
 
 
-def _run_files(seed: int, cases: range) -> dict[str, Any]:
+def _run_files(only: str, seed: int, cases: range) -> dict[str, Any]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as text:
         folder = Path(text) / "case"
@@ -315,7 +317,8 @@ def _run_files(seed: int, cases: range) -> dict[str, Any]:
             if case % 64 == 0:
                 faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True)
 
-        kinds, start, before = readers(), time.perf_counter(), peak_bytes()
+        kinds = {name: kind for name, kind in readers().items() if name.startswith(only)}
+        start, before = time.perf_counter(), peak_bytes()
         with limited_address_space(ADDRESS_SPACE):
             outcome = run(kinds, seed, cases, folder, started)
         faulthandler.cancel_dump_traceback_later()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantforge.errors import FormatError
+from quantforge.errors import ConfigError, FormatError
 from quantforge.io import QuantFile, open_file, save_file
 from quantforge.numerics.vectors import VectorCode, oblivious, theoretical_errors
 from quantforge.vectordb.catalog import Catalog
@@ -21,6 +23,7 @@ from quantforge.vectordb.core import Core
 from quantforge.vectordb.drift import Monitor
 from quantforge.vectordb.lists import Lists, Partition
 from quantforge.vectordb.originals import OriginalsFile
+from quantforge.vectordb.sound import check_learned, check_lists, check_partition, check_parts
 
 FORMAT = 2
 LEARNED = ("mean", "equalizer", "basis", "step", "weights", "bits", "errors")
@@ -83,6 +86,15 @@ def load(path: str | PathLike[str]) -> tuple[int, IndexConfig, Core | None]:
     return dim, config, core
 
 
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Say which file does not hold together."""
+    try:
+        yield
+    except (FormatError, ConfigError) as error:
+        raise FormatError(f"{path}: the index is damaged: {error}") from error
+
+
 def _name_from(path: Path, other: Path) -> str:
     """Return how an index at path names another file: one beside it by its name alone."""
     other = other.resolve()
@@ -108,13 +120,17 @@ def _originals_of(path: Path, name: str, dim: int, config: IndexConfig) -> Origi
 def _core_of(
     path: Path, file: QuantFile, dim: int, config: IndexConfig, header: dict[str, Any]
 ) -> Core:
+    learned = {name: file[name].numpy() for name in LEARNED if name in file}
+    with _damage(path):
+        check_learned(learned, dim)
     partition, lists = Partition.single(dim), None
     if header["format"] > 1:
         found = {name: file[f"lists.{name}"] for name in LISTS}
         centroids, curve = found["centroids"], found["curve"]
         partition = Partition(centroids, header["coded"], curve, header["nprobe"])
+        with _damage(path):
+            check_partition(partition, dim)
         lists = Lists(len(centroids), found["starts"], found["tail"])
-    learned = {name: file[name].numpy() for name in LEARNED if name in file}
     if config.mode == "oblivious":
         code = dataclasses.replace(oblivious(dim, config.bits, config.seed), **learned)
     else:
@@ -130,6 +146,10 @@ def _core_of(
     if config.originals != "none":
         names.append("places" if "originals" in header else "originals")
     parts = {name: file[name] for name in names}
+    with _damage(path):
+        check_parts(parts, codec, dim)
+        if lists is not None:
+            check_lists(lists, len(parts["ids"]))
     if lists is None:
         lists = Lists.of(torch.zeros(len(parts["ids"]), dtype=torch.int64), 1)
     core = Core(config, codec, partition, parts, lists)
