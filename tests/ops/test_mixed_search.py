@@ -245,16 +245,37 @@ def test_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_finds_the_same_rows() -> None:
-    case = Case(GROUPS[1], 1000, 6)
-    here = mixed_search(*case.arguments, 10)
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize(("n", "q"), [(1, 1), (1000, 6), (70_000, 90)])
+@pytest.mark.parametrize("visiting", [False, True])
+def test_gpu_finds_the_same_rows(visiting: bool, n: int, q: int, groups: tuple) -> None:
+    case, k = Case(groups, n, q), 10
     query, packed, specs, scales, offsets, base = case.arguments
-    there = mixed_search(
+    allowed = np.random.RandomState(1).random_sample(n) < 0.7
+    bitmap = torch.from_numpy(np.packbits(allowed, bitorder="little"))
+    here, there = None, None
+    if visiting:  # of four unequal ranges, out of order, each query looks at two
+        ends = torch.tensor([n // 2, n // 2, n // 9, n])
+        ranges = torch.stack([torch.tensor([n // 9, n // 2, 0, n // 2]), ends], 1)
+        who = torch.arange(q)
+        parts = [who[who % 4 == i] for i in range(4)]
+        parts = [torch.cat([parts[i], parts[i - 1]]).sort().values for i in range(4)]
+        starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        here = Visits(ranges, starts, torch.cat(parts))
+        there = Visits(ranges, starts, torch.cat(parts).cuda())
+        base = torch.linspace(-1, 1, len(here.queries))
+    rows = (query, packed, specs, scales, offsets, base)
+    expected = mixed_search(*rows, k, visits=here, filter_bitmap=bitmap, unit=0.5)
+    sent = (
         query.cuda(), tuple(p.cuda() for p in packed), specs, scales.cuda(), offsets.cuda(),
-        base.cuda(), 10,
+        base.cuda(),
     )  # fmt: skip
-    assert torch.equal(here[0], there[0].cpu())
-    assert torch.equal(here[1], there[1].cpu())
+    for impl in ("triton", "eager"):
+        found = mixed_search(
+            *sent, k, visits=there, filter_bitmap=bitmap.cuda(), unit=0.5, impl=impl
+        )
+        assert torch.equal(found[0].cpu(), expected[0]), impl
+        assert torch.equal(found[1].cpu(), expected[1]), impl
 
 
 def test_one_spec_one_table() -> None:

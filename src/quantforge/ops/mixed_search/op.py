@@ -35,5 +35,5 @@ mixed_search = register(
     "Tensor? filter_bitmap, int k, int lead, float unit, str[] specs) -> (Tensor, Tensor)",
     fake=fake,
     eager=eager.mixed_search,
-    fast=("native",),
+    fast=("triton", "native"),
 )
