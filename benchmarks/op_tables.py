@@ -24,9 +24,11 @@ def result_files(name: str, folder: Path = RESULTS) -> list[Path]:
     return [path for path in found if "_" not in path.stem.removeprefix(f"{name}_")]
 
 
-def of_devices(name: str, command: str, table: Callable[[list[Row]], str]) -> str:
+def of_devices(
+    name: str, command: str, table: Callable[[list[Row]], str], folder: Path = RESULTS
+) -> str:
     """Return a table and its caption for every device with results."""
-    files = result_files(name)
+    files = result_files(name, folder)
     if not files:
         return f"Not measured yet: `{command}`.\n"
     return "\n".join(table(rows) + "\n" + _caption(rows, path) for path, rows in _read(files))
@@ -62,7 +64,7 @@ def time_text(time_us: float) -> str:
     return f"{time_us / 1e3:,.2f} ms" if time_us >= 1000 else f"{time_us:.1f} us"
 
 
-def op_table(op: str, *, only_goals: bool = False) -> str:
+def op_table(op: str, *, only_goals: bool = False, folder: Path = RESULTS) -> str:
     """Return the times of an operator's cases, or only of those that have a goal."""
 
     def table(rows: list[Row]) -> str:
@@ -73,7 +75,7 @@ def op_table(op: str, *, only_goals: bool = False) -> str:
         body = [_op_cells(row) + ([_goal(row)] if goals else []) for row in rows]
         return markdown(head + (["goal"] if goals else []), body)
 
-    return of_devices(op, f"python -m benchmarks.run {op}", table)
+    return of_devices(op, f"python -m benchmarks.run {op}", table, folder)
 
 
 def _op_cells(row: Row) -> list[str]:

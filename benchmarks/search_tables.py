@@ -23,10 +23,11 @@ FAMILIES = {
     "turbovec": ("#008837", "^"),
 }
 PEERS = {"faiss-cpu": "FAISS", "turbovec": "turbovec", "usearch": "usearch"}
+WHAT = "sentence embeddings"
 Row = dict[str, Any]
 
 
-def table(source: Path = SOURCE) -> str:
+def table(source: Path = SOURCE, what: str = WHAT) -> str:
     """Return recall, bytes, speed and time to build of every index."""
     if not source.exists():
         return f"Not measured yet: `{COMMAND}`.\n"
@@ -48,14 +49,14 @@ def table(source: Path = SOURCE) -> str:
     first, where = rows[0], rows[0]["environment"]
     peers = ", ".join(f"{PEERS[name]} {where[name]}" for name in PEERS if name in where)
     caption = (
-        f"{first['n']:,} x {first['dim']} sentence embeddings, {first['queries']:,} queries in one "
+        f"{first['n']:,} x {first['dim']} {what}, {first['queries']:,} queries in one "
         f"batch, one thread, CPU time. {where['device']}, torch {where['torch']}, {peers}, "
         f"{where['date']}; `benchmarks/results/{source.name}`."
     )
     return markdown(head, body) + f"\n{caption}\n\n![recall against bytes](vector_search.svg)\n"
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(rows: list[Row], path: Path, what: str = WHAT) -> None:
     """Draw recall against bytes a vector, one line for each family of codes."""
     import matplotlib
 
@@ -77,16 +78,16 @@ def draw(rows: list[Row], path: Path) -> None:
             )
     axes.set_xlabel("bytes a vector")
     axes.set_ylabel("recall@10")
-    axes.set_title(f"{rows[0]['n']:,} sentence embeddings of {rows[0]['dim']} numbers", fontsize=10)
+    axes.set_title(f"{rows[0]['n']:,} {what} of {rows[0]['dim']} numbers", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, format="svg", metadata={"Date": None})
     plt.close(figure)
 
 
-def main(source: Path = SOURCE, docs: Path = DOCS) -> None:
+def main(source: Path = SOURCE, docs: Path = DOCS, what: str = WHAT) -> None:
     """Draw what was measured."""
-    draw(read_rows(source), docs / "vector_search.svg")
+    draw(read_rows(source), docs / "vector_search.svg", what)
 
 
 if __name__ == "__main__":

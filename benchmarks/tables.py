@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import optimizer_tables
 from benchmarks.op_tables import decode_step_table, markdown, op_table, plots
-from benchmarks.record import load
+from benchmarks.record import RESULTS, load
 from benchmarks.registry import OPS
 from benchmarks.search_tables import table as index_peers
 
@@ -20,8 +20,8 @@ README = Path(__file__).parents[1] / "README.md"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _caption(name: str) -> str:
-    where = load(name)["environment"]
+def _caption(name: str, folder: Path = RESULTS) -> str:
+    where = load(name, folder)["environment"]
     threads = f", {where['threads']} thread" + ("s" if where["threads"] != 1 else "")
     return (
         f"{where['device']}{threads if 'NVIDIA' not in where['device'] else ''}, torch "
@@ -30,9 +30,9 @@ def _caption(name: str) -> str:
     )
 
 
-def kv_fidelity(name: str) -> str:
+def kv_fidelity(name: str, folder: Path = RESULTS) -> str:
     """Return KL, top-1 and needles of each cache on the three versions of a model."""
-    found = load(name)["rows"]
+    found = load(name, folder)["rows"]
     versions = list(dict.fromkeys(row["model"] for row in found))
     rows = []
     for cache in dict.fromkeys(row["cache"] for row in found):
@@ -46,7 +46,7 @@ def kv_fidelity(name: str) -> str:
     head = ["KL (nats) / top-1 / needles", *versions, "bits per number at 8k"]
     settings = found[0]
     what = f"Decode of {settings['decode']} tokens after {settings['prompt']}. "
-    return markdown(head, rows) + "\n" + what + _caption(name) + "\n"
+    return markdown(head, rows) + "\n" + what + _caption(name, folder) + "\n"
 
 
 def eager_scores(name: str) -> str:
@@ -79,10 +79,10 @@ def eager_attention(name: str) -> str:
     return markdown(head, body) + f"\n{text}{_caption(name)}\n"
 
 
-def native_ops(name: str) -> str:
+def native_ops(name: str, folder: Path = RESULTS) -> str:
     """Return the speed of the native library against dense torch."""
     body = []
-    rows = load(name)["rows"]
+    rows = load(name, folder)["rows"]
     with_cold = any(row.get("cold_ratio") for row in rows)
     for row in rows:
         if row["op"] not in ("scores", "attention"):
@@ -104,7 +104,7 @@ def native_ops(name: str) -> str:
     head = ["case", "precision", "level", "time", "against dense", "goal"]
     head += ["with codes out of cache"] if with_cold else []
     text = "Dense is fp32 matmul for scores, bf16 SDPA with heads folded into rows for attention. "
-    return markdown(head, body) + f"\n{text}{_caption(name)}\n"
+    return markdown(head, body) + f"\n{text}{_caption(name, folder)}\n"
 
 
 def _optimizer(table: Callable[[str, str], str], name: str) -> str:
