@@ -24,9 +24,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -213,11 +214,13 @@ class Outcome:
     """What became of the cases.
 
     Attributes:
+        cases: how many there were.
         read: cases by reader that were read in spite of all.
         refused: likewise refused.
         failures: by the line that failed: how many, and the first case.
     """
 
+    cases: int = 0
     read: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -236,7 +239,7 @@ class Outcome:
 def run(
     kinds: dict[str, Reader],
     seed: int,
-    cases: range,
+    cases: Iterable[int],
     folder: Path,
     started: Callable[[int], object] = lambda case: None,
 ) -> Outcome:
@@ -255,6 +258,7 @@ def run(
     before = peak_bytes()
     for case in cases:
         started(case)
+        outcome.cases += 1
         name = names[case % len(names)]
         kind, rng = kinds[name], random.Random(f"{seed} {case}")
         bad = damaged(rng, kind.target, kind.files[kind.target])
@@ -287,13 +291,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000, help="of files")
     parser.add_argument("--start", type=int, default=0, help="number of the first")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for files at most")
     parser.add_argument("--http", type=int, default=0, help="bodies sent to a server as well")
     parser.add_argument("--only", default="", help="readers whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
     faulthandler.enable()
-    files = _run_files(args.only, args.seed, range(args.start, args.start + args.cases))
+    cases = range(args.start, args.start + args.cases)
+    files = _run_files(args.only, args.seed, cases, args.seconds)
     result = {"environment": environment("cpu"), "seed": args.seed, "files": files}
     if args.http:
         result["http"] = run_server(args.http, args.seed)
@@ -304,7 +310,7 @@ def main() -> None:
     sys.exit(1 if files["failures"] else 0)
 
 
-def _run_files(only: str, seed: int, cases: range) -> dict[str, Any]:
+def _run_files(only: str, seed: int, cases: range, seconds: float) -> dict[str, Any]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as text:
         folder = Path(text) / "case"
@@ -320,11 +326,13 @@ def _run_files(only: str, seed: int, cases: range) -> dict[str, Any]:
         kinds = {name: kind for name, kind in readers().items() if name.startswith(only)}
         start, before = time.perf_counter(), peak_bytes()
         with limited_address_space(ADDRESS_SPACE):
-            outcome = run(kinds, seed, cases, folder, started)
+            until = time.monotonic() + seconds
+            in_time = takewhile(lambda _: time.monotonic() < until, cases)
+            outcome = run(kinds, seed, in_time, folder, started)
         faulthandler.cancel_dump_traceback_later()
         os.close(note)
     return {
-        "cases": len(cases),
+        "cases": outcome.cases,
         "seconds": round(time.perf_counter() - start, 1),
         "peak_growth_mib": round((peak_bytes() - before) / MiB, 1),
         "read": dict(sorted(outcome.read.items())),

@@ -4,7 +4,7 @@ Not part of the default run; in an environment with `pip install lancedb qdrant-
 milvus-lite`:
 
     python recipes/export_vectors.py --small --output out
-    python -m pytest --override-ini filterwarnings=default tests/recipes/databases.py
+    python -m pytest -c /dev/null --noconftest tests/recipes/databases.py
 """
 
 from __future__ import annotations
