@@ -14,7 +14,8 @@ codec     vectors to codes, scores on codes
 scan      the best rows; integer_scan: all of them in one call; bounds: what the CPU leaves out
 querying  what a search does: candidates by errors, rerank, two_stage without vectors
 drift     whether what is added looks like what was learned
-files     one safetensors file, sound: whether it holds together; faiss_io: indexes of FAISS; stream: vectors larger than memory
+files     one safetensors file; sound: whether it holds together
+faiss_io  indexes of FAISS; stream: vectors larger than memory
 store     IndexStore: a folder whose changes are on the disk when they return
 changes   rows on their way to a log; log, manifest, lock: the files below a store
 sharded   ShardedIndex: shards on several ranks; shards: merging, and which rank holds which
