@@ -49,6 +49,7 @@ def rebuild(index: QuantizedIndex, fetch: Fetch | None) -> None:
     if not len(index):
         raise InputError("the index is empty; train learns from vectors")
     old = index._known
+    old.compact()
     if fetch is None and not old.keeps_originals:
         raise InputError('rebuild needs vectors: originals="float16" in the config, or fetch')
     get = fetching(index, fetch) or old.originals
@@ -82,6 +83,8 @@ def merge(index: QuantizedIndex, other: QuantizedIndex) -> None:
         raise InputError(f"merge needs an index of the same kind; got {other!r} for {index!r}")
     if not len(other):
         return
+    index.compact()
+    other.compact()
     if index._core is None:
         index._core = copy.deepcopy(other._known)
         index._core.to(index.device)
@@ -106,6 +109,7 @@ def shard(index: QuantizedIndex, count: int) -> list[QuantizedIndex]:
     if type(count) is not int or count < 1:
         raise InputError(f"count must be a positive integer; got {count!r}")
     found = []
+    index.compact()
     for i in range(count):
         part = type(index)(index.dim, index.config).to(index.device)
         if index._core is not None:

@@ -55,7 +55,8 @@ def calibrate(
     rows = None if truth is None else _rows_of_truth(index, truth, query)
     if query is None:
         generator = torch.Generator().manual_seed(RANDOM_ROWS_SEED)
-        own = torch.randperm(len(core.rows), generator=generator)[:CURVE_QUERIES]
+        left = core.catalog.ids.left
+        own = left[torch.randperm(len(left), generator=generator)[:CURVE_QUERIES]]
         query = core.decode(own)
     partition = core.partition
     if rows is None:
@@ -85,8 +86,8 @@ def _rows_of_truth(index: QuantizedIndex, truth: Any, query: torch.Tensor | None
 def _full_scan(core: Core, query: torch.Tensor, k: int, own: torch.Tensor | None) -> torch.Tensor:
     nlist = len(core.partition)
     if own is None:
-        return core.best(query, min(k, len(core.rows)), None, nlist)[1]
-    _, rows = core.best(query, min(k + 1, len(core.rows)), None, nlist)
+        return core.best(query, min(k, len(core)), None, nlist)[1]
+    _, rows = core.best(query, min(k + 1, len(core)), None, nlist)
     others = rows != own[:, None]
     last = others.all(1)  # a vector that is not among its own neighbours: take the first k
     others[last, -1] = False

@@ -82,9 +82,11 @@ class Catalog:
         if ids is not None:
             return self.ids.rows_of(ids).sort().values
         if bitmap is not None:
-            return rows_of_bitmap(bitmap, len(self.ids))
+            left = self.ids.left
+            return left[rows_of_bitmap(bitmap, len(left))]
         if where is not None:
-            return torch.from_numpy(np.flatnonzero(matching(where, self.table)))
+            rows = torch.from_numpy(np.flatnonzero(matching(where, self.table)))
+            return rows[self.ids.removed.hide(rows) >= 0]
         return None
 
     def append(self, parts: Parts) -> None:

@@ -3,7 +3,8 @@
 Rows travel as named tensors (`rows.Parts`): `prepare` makes them, `append` and `replace` take them
 in, and a log that keeps them can have them taken in again.
 
-Rows move: those of a list lie together. The catalog follows them.
+Rows move: those of a list lie together. The catalog follows them. Those that are removed, or move
+to another list, stay marked in their places (`removed`) until they are many.
 
 Codes, centroids and what is multiplied with vectors lie on the device of the codec, and so do
 vectors and queries. Ids, lists, metadata, vectors that are kept, numbers of rows and results are in
@@ -31,6 +32,7 @@ from quantforge.vectordb.drift import Monitor
 from quantforge.vectordb.kmeans import ROWS_PER_LIST
 from quantforge.vectordb.lists import Lists, Partition
 from quantforge.vectordb.originals import Kind, OriginalsFile, pack, unpack
+from quantforge.vectordb.removed import MAX_SHARE, Removed
 from quantforge.vectordb.rerank import rerank_by
 from quantforge.vectordb.rows import Parts, Rows
 from quantforge.vectordb.table import Table
@@ -78,6 +80,16 @@ class Core:
         self.bounds = RowBounds(codec)
         self.monitor = Monitor(len(codec.mean), config.seed)
         self.plans: dict[tuple[int, float], tuple[int, Plan]] = {}
+        self._removed_of_list = torch.zeros(len(partition), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        """Rows that are there."""
+        return len(self.rows) - self.removed.count
+
+    @property
+    def removed(self) -> Removed:
+        """Rows that are held but not there any more."""
+        return self.catalog.ids.removed
 
     @property
     def device(self) -> torch.device:
@@ -119,18 +131,25 @@ class Core:
         if self.file is not None and "places" not in parts:
             x = unpack(parts["originals"], len(self.codec.mean))
             parts = {**parts, "places": self.file.append(x)}
-        self.rows.append(parts)
-        self.catalog.append(parts)
+        self._take_in(parts, labels)
         if "drift" in parts:
             self.monitor.take(parts["drift"], len(labels))
-        self.lists.append(labels)
         if not self.partition.coded:
-            wanted = self.config.lists_for(len(self.rows))
+            wanted = self.config.lists_for(len(self))
             if wanted >= (REPARTITION if len(self.partition) > 1 else 2) * len(self.partition):
                 self._make_lists(wanted)
-        order = self.lists.order()
-        if order is not None:
-            self._arrange(order)
+        self._merge_tail()
+
+    def _take_in(self, parts: Parts, labels: torch.Tensor) -> None:
+        self.rows.append(parts)
+        self.catalog.append(parts)
+        self.lists.append(labels)
+
+    def _merge_tail(self) -> None:
+        """Bring rows into the order of lists, once many are not."""
+        if self.lists.is_order_due:
+            self.compact()
+            self._arrange(self.lists.order())
             self.lists.merge()
 
     def replace(self, index: torch.Tensor, parts: Parts) -> None:
@@ -141,26 +160,41 @@ class Core:
         labels = self._labels(parts)
         moved = labels != self.lists.of_rows(index)
         if bool(moved.any()):
-            stay = self._all_but(index[moved])
-            place = torch.full((len(self.rows),), -1)
-            self._arrange(torch.cat([stay, index[moved]]))
-            self.lists.keep(stay)
-            self.lists.append(labels[moved])
-            place[stay] = torch.arange(len(stay))
-            place[index[moved]] = torch.arange(len(stay), len(self.rows))
-            index = place[index]
+            old, end = index[moved], len(self.rows)
+            self._mark(old)
+            self._take_in({**self.rows.parts(old), **self.catalog.parts(old)}, labels[moved])
+            index = index.clone()
+            index[moved] = torch.arange(end, len(self.rows))
         self.rows.put(index, {name: part for name, part in parts.items() if name in self.rows})
         self.bounds.put(self.rows, index)
         self.catalog.put(index, parts)
+        self._merge_tail()
+        self._drop_many()
 
     def remove(self, index: torch.Tensor) -> None:
-        """Remove rows; those after them move up."""
-        stay = self._all_but(index)
-        self.lists.keep(stay)
-        self._arrange(stay)
+        """Remove rows."""
+        self._mark(index)
+        self._drop_many()
+
+    def compact(self) -> None:
+        """Drop the rows that are removed; those after them move up."""
+        if self.removed.count:
+            stay = self.removed.left(len(self.rows))
+            self.lists.keep(stay)
+            self._arrange(stay)
+            self._removed_of_list.zero_()
+
+    def _mark(self, index: torch.Tensor) -> None:
+        self.removed.mark(index, len(self.rows))
+        labels = self.lists.of_rows(index)
+        self._removed_of_list += torch.bincount(labels, minlength=len(self.partition))
+
+    def _drop_many(self) -> None:
+        if self.removed.count > MAX_SHARE * len(self.rows):
+            self.compact()
 
     def part(self, index: torch.Tensor) -> Core:
-        """Return some rows, rising, with what is known of the data."""
+        """Return some rows, rising, with what is known of the data; none may be removed ones."""
         lists = Lists.of(torch.empty(0, dtype=torch.int64), len(self.partition))
         core = Core(self.config, self.codec, self.partition, self.rows.parts(index), lists)
         labels = self.lists.of_rows(index)
@@ -174,7 +208,7 @@ class Core:
         return core
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """Return all rows as `append` takes them."""
+        """Return all rows as `append` takes them; none may be removed ones."""
         parts = self.rows.parts(slice(None)) | self.catalog.parts(torch.arange(len(self.rows)))
         if self.partition.coded:
             every = torch.arange(len(self.rows))
@@ -188,11 +222,6 @@ class Core:
         ours, theirs = vars(self.codec.code), vars(other.codec.code)
         same = all(np.array_equal(ours[name], theirs[name]) for name in ours if name != "errors")
         return same and torch.equal(self.codec.centres.cpu(), other.codec.centres.cpu())
-
-    def _all_but(self, index: torch.Tensor) -> torch.Tensor:
-        keep = torch.ones(len(self.rows), dtype=torch.bool)
-        keep[index] = False
-        return keep.nonzero()[:, 0]
 
     def _arrange(self, index: torch.Tensor) -> None:
         self.bounds.keep(self.rows, index)
@@ -209,6 +238,7 @@ class Core:
 
     def _make_lists(self, nlist: int) -> None:
         """Make lists that show the way, by what codes stand for."""
+        self.compact()
         count = min(len(self.rows), ROWS_PER_LIST * nlist)
         generator = torch.Generator().manual_seed(self.config.seed)
         sample = torch.randperm(len(self.rows), generator=generator)[:count].sort().values
@@ -220,6 +250,7 @@ class Core:
         ordered, order = torch.cat(labels).sort(stable=True)
         self._arrange(order)
         self.lists = Lists.of(ordered, nlist)
+        self._removed_of_list = torch.zeros(nlist, dtype=torch.int64)
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -234,6 +265,7 @@ class Core:
         Raises:
             InputError: for a path that is taken.
         """
+        self.compact()
         file = OriginalsFile.create(path, len(self.codec.mean), self._kind)
         rows = torch.arange(len(self.rows)).split(MOVED_ROWS)
         places = torch.cat([file.append(self.originals(part)) for part in rows])
@@ -243,7 +275,9 @@ class Core:
     @property
     def shelf(self) -> scan.Shelf:
         """What is scanned."""
-        return scan.Shelf(self.codec, self.rows, self.lists, self.partition.coded, self.bounds)
+        there = self.removed.bitmap(len(self.rows), self.device)
+        coded = self.partition.coded
+        return scan.Shelf(self.codec, self.rows, self.lists, coded, self.bounds, there)
 
     def decode(self, index: torch.Tensor) -> torch.Tensor:
         """Decode rows, (m, dim) float32, on the device of the codes."""
@@ -266,7 +300,7 @@ class Core:
         few = allowed is not None and len(allowed) * len(self.partition) <= nprobe * len(self.rows)
         if nprobe < len(self.partition) and not few:
             routes = learning.routes(self.config.metric, query, self.partition.centroids)
-            counts = self.lists.sizes
+            counts = self.lists.sizes - self._removed_of_list
             if allowed is not None:
                 labels = self.lists.of_rows(allowed)
                 counts = torch.bincount(labels, minlength=len(self.partition))
@@ -278,6 +312,8 @@ class Core:
         self, query: torch.Tensor, threshold: float, allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return limits (q + 1,), rows and scores of those that score at least the threshold."""
+        if allowed is None and self.removed.count:
+            allowed = self.removed.left(len(self.rows))
         found = scan.above(self.shelf, self.codec.queries(query), threshold, allowed)
         limits, rows, scores = (part.cpu() for part in found)
         return limits, rows, scores
@@ -306,6 +342,7 @@ class Core:
         report["lists"] = self.lists.nbytes + self.partition.nbytes
         report["learned"] = self.codec.nbytes + self.monitor.nbytes
         report["bounds"] = self.bounds.nbytes
+        report["removed"] = self.removed.nbytes
         if self.partition.coded:  # the centroids are the codec's centres
             report["lists"] -= self.partition.centroids.nbytes
         return report
@@ -314,9 +351,10 @@ class Core:
         """Return rows and bytes of each list, and how unequal they are."""
         sizes = self.lists.sizes
         return {
-            "rows": sizes.numpy(),
+            "rows": (sizes - self._removed_of_list).numpy(),
             "bytes": (sizes * self.rows.row_bytes).numpy(),
             "tail": len(self.lists.tail),
+            "removed": self.removed.count,
             "imbalance": self.lists.imbalance,
         }
 

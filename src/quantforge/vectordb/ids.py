@@ -3,7 +3,8 @@
     key     of a row, int64: an integer id itself; of a string 8 bytes of the BLAKE2b of its UTF-8
     run     a range of rows and their order by key; none is held where keys rise as they lie
 
-An id is found by bisection of the keys in each run. Runs are made when an id is first looked for,
+An id is found by bisection of the keys in each run. If it has been removed and added again, its
+last row counts. Runs are made when an id is first looked for,
 and merged so that each is more than twice as long as the next: there are few, however small the
 batches that are added. A string is compared in full with the one that has its key.
 """
@@ -20,6 +21,7 @@ import torch
 
 from quantforge.errors import FormatError, InputError
 from quantforge.vectordb.checks import ids_of
+from quantforge.vectordb.removed import Removed
 from quantforge.vectordb.rows import Growing
 from quantforge.vectordb.texts import Texts
 
@@ -58,7 +60,7 @@ class Run:
     order: torch.Tensor | None
 
     def find(self, keys: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Return the rows (m,) of wanted keys (m,), -1 where the run has none."""
+        """Return the last rows (m,) of wanted keys (m,), -1 where the run has none."""
         count = self.stop - self.start
         if self.order is None:
             place = torch.searchsorted(keys[self.start : self.stop], wanted)
@@ -66,10 +68,10 @@ class Run:
         else:
             low, high = torch.zeros_like(wanted), torch.full_like(wanted, count - 1)
             for _ in range(count.bit_length()):
-                middle = (low + high) >> 1
-                less = keys[self.start + self.order[middle].long()] < wanted
-                low = torch.where(less & (low < high), middle + 1, low)
-                high = torch.where(less, high, middle)
+                middle = (low + high + 1) >> 1
+                more = keys[self.start + self.order[middle].long()] > wanted
+                low = torch.where(more, low, middle)
+                high = torch.where(more & (low < high), middle - 1, high)
             rows = self.start + self.order[low].long()
         return torch.where(keys[rows] == wanted, rows, -1)
 
@@ -95,6 +97,7 @@ class Ids:
         next_id: int = 0,
     ) -> None:
         self._keys, self._texts, self.next_id = keys, texts, next_id
+        self.removed = Removed()
         known = len(self) > 0 and (rising or order is not None)
         self._runs: tuple[Run, ...] = (Run(0, len(self), order),) if known else ()
 
@@ -115,8 +118,11 @@ class Ids:
     def names(self, rows: torch.Tensor) -> np.ndarray:
         """Return the ids of rows of any shape; where a row is -1 the id is -1, or None."""
         if self._texts is None:
-            found = self._keys.rows[rows.clamp_min(0)] if len(self) else rows
-            return torch.where(rows >= 0, found, -1).numpy()
+            where = rows.numpy()
+            if not len(self) or not where.size:
+                return where
+            found = self._keys.rows.numpy()[where]
+            return found if where.min() >= 0 else np.where(where >= 0, found, -1)
         named = np.full(rows.numel(), None, dtype=object)
         there = rows.flatten() >= 0
         named[there.numpy()] = self._texts.at(rows.flatten()[there])
@@ -172,6 +178,11 @@ class Ids:
         """Return the UTF-8 of string ids, None for integers."""
         return None if self._texts is None else [t.encode() for t in self._texts.at(rows)]
 
+    @property
+    def left(self) -> torch.Tensor:
+        """Rows that are not removed, rising."""
+        return self.removed.left(len(self))
+
     def rows_of(self, ids: Any, n: int | None = None) -> torch.Tensor:
         """Return the rows (m,) int64 of ids (m,), n of them if that is given.
 
@@ -186,12 +197,13 @@ class Ids:
         return rows
 
     def keep(self, index: torch.Tensor) -> None:
-        """Follow the keys, of which these rows alone were kept, in this order."""
+        """Follow the keys, of which these rows alone were kept; none of them is removed."""
         rising = bool((index[1:] > index[:-1]).all())
         moved = [_moved(run, index) for run in self._runs] if rising else []
         self._runs = tuple(run for run in moved if run.stop > run.start)
         if self._texts is not None:
             self._texts.keep(index)
+        self.removed = Removed()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all tensors but the keys, for a file."""
@@ -242,7 +254,8 @@ class Ids:
     def _rows_of_keys(self, keys: torch.Tensor) -> torch.Tensor:
         rows = torch.full_like(keys, -1)
         for run in self._indexed():
-            rows = torch.where(rows < 0, run.find(self._keys.rows, keys), rows)
+            found = self.removed.hide(run.find(self._keys.rows, keys))
+            rows = torch.where(rows < 0, found, rows)
         return rows
 
     def _refuse_collisions(self, new: Parsed) -> None:
@@ -274,7 +287,7 @@ class Ids:
         keys = self._keys.rows[start:stop]
         if bool((keys[1:] > keys[:-1]).all()):
             return Run(start, stop, None)
-        return _run_of(start, keys.argsort())
+        return _run_of(start, keys.argsort(stable=True))
 
 
 def _moved(run: Run, index: torch.Tensor) -> Run:

@@ -49,7 +49,7 @@ class QuantizedIndex:
         self._device = CPU
 
     def __len__(self) -> int:
-        return 0 if self._core is None else len(self._core.rows)
+        return 0 if self._core is None else len(self._core)
 
     def __repr__(self) -> str:
         return f"QuantizedIndex({self.dim}, {self.config}, vectors={len(self)})"
@@ -62,7 +62,7 @@ class QuantizedIndex:
     @property
     def ids(self) -> np.ndarray:
         """Ids (n,), int64 or strings, in the order of rows, which bitmaps follow."""
-        return self._catalog.ids.names(torch.arange(len(self)))
+        return self._catalog.ids.names(self._catalog.ids.left)
 
     @property
     def nlist(self) -> int:
@@ -255,7 +255,9 @@ class QuantizedIndex:
         return self._known.decode(rows).cpu().numpy()
 
     def remove_ids(self, ids: Any) -> None:
-        """Remove vectors; the rows after them move up. All rows are copied.
+        """Remove vectors; the rows after them move up.
+
+        Their memory is freed when they are a quarter of all rows, by `compact`, and by `save`.
 
         Raises:
             InputError: for ids that are not in the index; nothing is removed then.
@@ -263,6 +265,11 @@ class QuantizedIndex:
         rows = self._rows_of(ids)
         if len(rows):
             self._known.remove(rows)
+
+    def compact(self) -> None:
+        """Free the memory of vectors that were removed or replaced; all others are copied."""
+        if self._core is not None:
+            self._core.compact()
 
     def update(self, ids: Any, vectors: Any, metadata: Metadata | None = None) -> None:
         """Replace vectors, (m, dim); those that go to another list get another row.
@@ -342,8 +349,9 @@ class QuantizedIndex:
 
         Returns:
             rows: (nlist,) int64.
-            bytes: (nlist,) int64, of what is stored of these rows.
+            bytes: (nlist,) int64, of what is stored of these and of removed rows.
             tail: rows that are not in the order of lists yet.
+            removed: rows that are held, but not in the index any more.
             imbalance: nlist sum(rows^2) / sum(rows)^2, 1 where all are equal.
         """
         if self._core is None:
@@ -351,7 +359,11 @@ class QuantizedIndex:
         return self._core.list_report()
 
     def save(self, path: str | PathLike[str], *, max_shard_size: int | str | None = None) -> None:
-        """Write one file, or shards as `save_file` does; it takes the place of an old one whole."""
+        """Write one file, or shards as `save_file` does; it takes the place of an old one whole.
+
+        The index is compact afterwards.
+        """
+        self.compact()
         files.save(path, self.dim, self.config, self._core, max_shard_size)
 
     @classmethod

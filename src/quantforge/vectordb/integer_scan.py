@@ -39,7 +39,7 @@ def best(
     device = queries.base.device
     if allowed is not None and GATHERED_SHARE * len(allowed) < len(shelf.rows):
         return _gathered(shelf, queries, k, probes, allowed)
-    bitmap = None if allowed is None else _bitmap_of(allowed, len(shelf.rows)).to(device)
+    bitmap = shelf.there if allowed is None else _bitmap_of(allowed, len(shelf.rows)).to(device)
     coded, bounds = shelf.rows.coded(slice(None)), None
     if shelf.bounds is not None and device.type == "cpu":
         bounds = shelf.bounds.of(shelf.rows)
@@ -54,6 +54,8 @@ def best(
     if first == len(shelf.rows):
         return found
     tail = torch.arange(first, len(shelf.rows))
+    if shelf.there is not None:
+        tail = tail[(shelf.there.cpu()[tail >> 3] >> (tail & 7)) % 2 > 0]
     if allowed is not None:
         tail = allowed[allowed >= first]
     other = _gathered(shelf, queries, k, probes, tail)

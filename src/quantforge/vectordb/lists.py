@@ -129,12 +129,16 @@ class Lists:
         self.starts = _starts(sizes)
         self._tail.keep(late)
 
-    def order(self) -> torch.Tensor | None:
-        """Return the order of rows that merges the tail, or None while the tail is short."""
+    @property
+    def is_order_due(self) -> bool:
+        """Whether the tail is so long that it should be merged."""
         rows = self.sorted_rows + len(self.tail)
-        if len(self.tail) <= max(min(MIN_TAIL, self.sorted_rows), MAX_TAIL_SHARE * rows):
-            return None
-        return self.of_rows(torch.arange(rows, device=self.starts.device)).argsort(stable=True)
+        return len(self.tail) > max(min(MIN_TAIL, self.sorted_rows), MAX_TAIL_SHARE * rows)
+
+    def order(self) -> torch.Tensor:
+        """Return the order of rows that merges the tail."""
+        rows = self.sorted_rows + len(self.tail)
+        return self.of_rows(torch.arange(rows)).argsort(stable=True)
 
     def merge(self) -> None:
         """Take the tail in: rows lie as `order` said now."""

@@ -105,6 +105,7 @@ def _in_two_stages(
             "two stages are for an index without lists and a search without filter, which read all "
             "codes otherwise; leave two_stage out"
         )
+    core.compact()
     plan, query = plan_of(core, k, recall), query.to(core.device)
     coded = core.rows.coded(slice(None))
     scores = torch.full((len(query), k), -torch.inf)

@@ -11,22 +11,35 @@ places                  (n,) int64, where they are in their file
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from quantforge.vectordb.codec import Coded
+from quantforge.vectordb.mapped import with_room
 
 GROWTH = 1.25
+FILE_ROOM = 4
+"""Times the room that other buffers would have: addresses cost nothing."""
 
 Parts = Mapping[str, torch.Tensor]
 """What belongs to some rows, by name; the first axis of each is the row."""
 
 
 class Growing:
-    """Rows (n, ...) of one dtype in a buffer with room for more."""
+    """Rows (n, ...) of one dtype in a buffer with room for more.
+
+    Rows of a file that is mapped stay in it when others are added or overwritten.
+    """
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._buffer, self._count = rows, len(rows)
+        self._is_own = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Growing:
+        found = Growing(self.rows.clone())
+        found._is_own = True
+        return found
 
     @property
     def rows(self) -> torch.Tensor:
@@ -48,25 +61,30 @@ class Growing:
         count = self._count + len(rows)
         if count > len(self._buffer):
             room = max(count, int(GROWTH * self._count))
-            bigger = self._buffer.new_empty((room, *self._buffer.shape[1:]))
-            bigger[: self._count] = self.rows
-            self._buffer = bigger
+            bigger = None if self._is_own else with_room(self.rows, FILE_ROOM * room)
+            if bigger is None:
+                bigger = self._buffer.new_empty((room, *self._buffer.shape[1:]))
+                bigger[: self._count] = self.rows
+            self._buffer, self._is_own = bigger, True
         self._buffer[self._count : count] = rows
         self._count = count
 
     def put(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         """Overwrite rows; a buffer that is a file's stays as it is there."""
+        if not self._is_own:  # writing to the pages of a file would forbid to map them anew
+            bigger = with_room(self.rows, FILE_ROOM * self._count)
+            self._buffer, self._is_own = self._buffer if bigger is None else bigger, True
         self._buffer[index] = rows.to(self._buffer.device)
 
     def to(self, device: torch.device) -> None:
         """Move the rows, without spare room."""
         if self._buffer.device != device:
-            self._buffer = self.rows.to(device)
+            self._buffer, self._is_own = self.rows.to(device), True
 
     def keep(self, index: torch.Tensor) -> None:
         """Keep these rows alone, in this order, without spare room."""
         self._buffer = self.rows[index]
-        self._count = len(index)
+        self._count, self._is_own = len(index), True
 
 
 class Rows:

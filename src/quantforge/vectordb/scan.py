@@ -38,6 +38,7 @@ class Shelf:
         lists: where they lie.
         coded: each list has a base of its own; otherwise all have the first.
         bounds: what the rows may have beyond their loud directions, if that is known.
+        there: (ceil(n / 8),) uint8, bits of the rows that are not removed; None for all.
     """
 
     codec: Codec
@@ -45,6 +46,7 @@ class Shelf:
     lists: Lists
     coded: bool
     bounds: RowBounds | None = None
+    there: torch.Tensor | None = None
 
     def base(self, queries: Queries, labels: torch.Tensor) -> torch.Tensor:
         """Return what is added to scores of rows with these labels (m,), (q, m) or (q, 1)."""
