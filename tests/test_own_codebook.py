@@ -40,6 +40,7 @@ from tests.helpers import (
     naive_scores,
     to_float64,
 )
+from tests.test_docs import ROOT, python_blocks
 
 UNIFORM = (-1.5, -0.5, 0.5, 1.5)
 CPU_IMPLS = ("eager", "native") if isinstance(library(), Library) else ("eager",)
@@ -208,3 +209,8 @@ def test_coordinates_of_known_distribution_lose_less() -> None:
     packed = QuantPipeline(128, own).compress(x.numpy())
     assert QuantTensor.__name__ in repr(packed)
     assert packed.spec.codebook.startswith(CENTROIDS)
+
+
+def test_the_documents_example_runs() -> None:
+    (block,) = python_blocks(ROOT / "docs" / "concepts.md")
+    exec(compile(block, "concepts.md", "exec"), {})

@@ -35,6 +35,7 @@ def written(path: Path, dim: int = 32, n: int = 50, **config: Any) -> np.ndarray
         (160, {"bits": 1, "scale_dtype": "float32", "scale_rule": "mse"}),
         (50, {"bits": 6, "equalizer": True}),
         (12, {"bits": 5, "rotation": "qr", "codebook": "e4m3"}),
+        (33, {"bits": 2, "rotation": "none", "codebook": (-1.5, -0.5, 0.75, 1.5)}),
     ],
 )
 def test_the_documented_lines_decode_it(

@@ -49,6 +49,10 @@ def test_compress_weights(tmp_path: Path) -> None:
     assert (tmp_path / "4.safetensors").exists()
 
 
+def test_custom_codebook() -> None:
+    assert "ratings, 1 to 5" in run("custom_codebook.py", "--small")
+
+
 def test_attention_module() -> None:
     assert "rms error" in run("attention_module.py", "--small")
 
