@@ -254,7 +254,7 @@ def post(url: str, body: dict, server: subprocess.Popen, log: Path) -> dict:
     for _ in range(300):
         assert server.poll() is None, log.read_text()[-3000:]
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=240) as response:
                 return json.load(response)
         except urllib.error.URLError:
             time.sleep(1)

@@ -103,7 +103,7 @@ class Step:
     block_format: BlockFormat
     statistics: Statistics
     scale: float
-    naive: torch.Tensor
+    naive: list[torch.Tensor]
     exact: torch.Tensor
 
     def run(self, attention=attend) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Step:
 
     def check(self, out: torch.Tensor, tokens: list[int] | slice = slice(None)) -> None:
         """Compare tokens of an output."""
-        assert_close(out[tokens], [self.naive[tokens]], self.exact[tokens].numpy())
+        assert_close(out[tokens], [n[tokens] for n in self.naive], self.exact[tokens].numpy())
 
 
 def step_of(
@@ -131,7 +131,10 @@ def step_of(
     dim: int = 64,
     bits: tuple[int, int] = (4, 3),
 ) -> Step:
-    """Return a step; what no token was stored in holds 255: scales of it are NaN."""
+    """Return a step; what no token was stored in holds 255: scales of it are NaN.
+
+    `naive` is once in float32, once with rounded keys and values, as in a long chunk of a prompt.
+    """
     settings, scale = Settings(bits=bits), dim**-0.5
     block_format = BlockFormat(*settings.specs(dim, dim, settings.bits))
     statistics = statistics_of(dim, device) if with_statistics else Statistics()
@@ -141,7 +144,7 @@ def step_of(
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(sum(counts), generator=generator) + 1
     blocks = torch.zeros(len(new), max(counts), dtype=torch.int32)
-    parts, expected = [], {torch.float32: [], torch.float64: []}
+    parts, expected = [], ([], [], [])
     for i, (old, n, table) in enumerate(zip(stored, new, order.split(counts), strict=True)):
         blocks[i, : counts[i]] = table
         q = torch.randn(n, 4, dim, generator=generator).to(device, dtype)
@@ -155,14 +158,17 @@ def step_of(
             key, value = (
                 torch.cat([c, x[old:].float()]) for c, x in zip(coded, (key, value), strict=True)
             )
-        for kind, found in expected.items():
-            found.append(plain_attention(q.to(kind), key.to(kind), value.to(kind), scale).cpu())
+        plain = [x.float() for x in (q, key, value)]
+        rounded = [x.to(dtype).float() for x in plain]
+        double = [x.double() for x in plain]
+        for found, xs in zip(expected, (plain, rounded, double), strict=True):
+            found.append(plain_attention(*xs, scale).cpu())
     starts = [0, *torch.tensor(new).cumsum(0).tolist()]
     lengths = torch.tensor(stored, dtype=torch.int32, device=device)
     batch = Batch(starts, lengths, max(stored), stored, blocks.to(device))
     operands = (torch.cat(part) for part in zip(*parts, strict=True))
-    results = (torch.cat(found) for found in expected.values())
-    return Step(*operands, cache, batch, block_format, statistics, scale, *results)
+    *naive, exact = (torch.cat(found) for found in expected)
+    return Step(*operands, cache, batch, block_format, statistics, scale, naive, exact)
 
 
 MIXED = [0, 20, 33, 5, 0, 41], [7, 1, 4, 1, 1, 2]
