@@ -56,7 +56,8 @@ class SearchCall(ctypes.Structure):
         ("visits", _P),
         ("visitors", _P),
         ("base", _P),
-        ("keys", _P),
+        ("scores", _P),
+        ("found", _P),
     )
 
 

@@ -115,8 +115,10 @@ class Codec:
         self.centres = self.mean[None] if centres is None else centres
         self._anchors = self.centres - self.mean if squared else self.centres
         self._anchors_projected = self._anchors @ self.dual.T
-        self._exact_anchors = self._anchors.to(torch.float64)
-        self._exact_dual = self.dual[: self.groups[-1][1].stop].to(torch.float64)
+        dual = self.dual[: self.groups[-1][1].stop]
+        self._exact = torch.cat([dual, self._anchors]).to(torch.float64)
+        self._parts = [len(dual), len(self._anchors)]
+        self._anchor_lengths = self._anchors.to(torch.float64).square().sum(-1)
         variance = float(((code.step[:, None] * code.basis * code.equalizer) ** 2).sum())
         length = float(self.centres.square().sum(-1).mean()) ** 0.5
         self.unit = variance if squared else length * variance**0.5 or 1.0
@@ -215,11 +217,10 @@ class Codec:
         Products are of float64, so that a query is the same in any batch.
         """
         seen = (2 * (x - self.mean) if self.squared else x).to(torch.float64)
-        turned = seen @ self._exact_dual.T
-        base = seen @ self._exact_anchors.T
+        turned, base = (seen @ self._exact.T).split(self._parts, dim=1)
         if self.squared:
             own = seen.square().sum(-1) / 4
-            base = base - own[:, None] - self._exact_anchors.square().sum(-1)
+            base = base - own[:, None] - self._anchor_lengths
         return Queries(turned.to(torch.float32), base.to(torch.float32))
 
     def scores(self, queries: Queries, coded: Coded) -> torch.Tensor:

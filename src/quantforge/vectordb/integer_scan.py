@@ -33,6 +33,10 @@ def best(
     allowed: torch.Tensor | None,
 ) -> Found:
     """Return the k best scores (q, k), falling, and their rows, as `scan.best`."""
+    if probes is None and allowed is None and shelf.bounds is not None and not shelf.coded:
+        search = shelf.bounds.search(shelf.rows)
+        if search is not None:
+            return search(queries.turned, queries.base[:, 0], k, shelf.there)
     if probes is None and shelf.coded:
         probes = torch.arange(shelf.lists.count).expand(len(queries.base), -1)
     probes = None if probes is None else probes.cpu()

@@ -107,6 +107,12 @@ def _in_two_stages(
         )
     core.compact()
     plan, query = plan_of(core, k, recall), query.to(core.device)
+    # in a batch, queries share what is decoded, and few rows are left by all of them
+    own = plan if len(query) == 1 and plan.stage.lead is not None else None
+    search = core.bounds.search(core.rows, own)
+    if search is not None:
+        part = core.codec.queries(query)
+        return search(part.turned, part.base[:, 0], k)
     coded = core.rows.coded(slice(None))
     scores = torch.full((len(query), k), -torch.inf)
     rows = torch.full((len(query), k), -1)
@@ -143,6 +149,7 @@ def plan_of(core: Core, k: int, recall: float) -> two_stage.Plan:
     query, coded = core.decode(chosen[:count]), core.rows.coded(chosen)
     full = core.codec.scores(core.codec.queries(query), coded)
     full[torch.arange(count), torch.arange(count)] = -torch.inf
-    plan = two_stage.plan(core.codec, coded, query, full, k, recall)
+    whole = core.bounds.search(core.rows) is not None
+    plan = two_stage.plan(core.codec, coded, query, full, k, recall, whole=whole)
     core.plans[k, recall] = (len(core.rows), plan)
     return plan

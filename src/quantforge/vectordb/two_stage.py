@@ -75,6 +75,12 @@ class FirstStage:
     unseen: tuple[float, ...]
     nbytes: int
 
+    @property
+    def lead(self) -> int | None:
+        """How many groups are read, or None if one of them is read in part."""
+        whole = all(self.unseen[piece.group] == 0 for piece in self.pieces)
+        return len(self.pieces) if whole else None
+
     def scores(self, codec: Codec, query: torch.Tensor, coded: Coded) -> torch.Tensor:
         """Return what is seen of the scores (q, n) of queries (q, dim), without the base."""
         turned = _turned(codec, query)
@@ -174,6 +180,8 @@ def plan(
     full: torch.Tensor,
     k: int,
     recall: float,
+    *,
+    whole: bool = False,
 ) -> Plan:
     """Choose first stage and margin by sample queries.
 
@@ -184,6 +192,7 @@ def plan(
         full: (q, n) scores without the base; -inf for a row that is the query itself.
         k: neighbours wanted.
         recall: share of them that may not be lost, below 1.
+        whole: prefer stages that read whole groups, if there are any.
 
     Raises:
         InputError: for a code whose bytes cannot be read in part, or fewer rows than k.
@@ -198,6 +207,8 @@ def plan(
             f"a code of {codec.groups[0][0].bits} bits in one plane has no cheap part; use "
             'mode="adapted", or 3, 5, 6 or 7 bits'
         )
+    if whole:
+        stages = [stage for stage in stages if stage.lead is not None] or stages
     best = full.topk(k, dim=1)
     scales = coded.scales[:, 0].float()
     plans = []

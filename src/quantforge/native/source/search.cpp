@@ -1,10 +1,13 @@
 // Searches: queries to integers, rows and queries cut into parts, and the parts' best rows merged.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <vector>
 
@@ -40,20 +43,23 @@ struct SearchCall {
     int64_t rows, queries, ranges, k;
     const int64_t *range, *visits, *visitors;  // (ranges, 2), (ranges + 1,), (visits,) or null
     const float *base;                         // (visits,)
-    int64_t *keys;                             // (queries, k), falling
+    float *scores;                             // (queries, k), falling; -inf where there is no row
+    int64_t *found;                            // their rows, or -1
 };
 
 }  // extern "C"
 
 namespace {
 
-struct Group {
-    std::unique_ptr<OwnedLayout> layout;
+// Where the channels of a group are: it depends on three numbers, and is made once for them.
+struct Shape {
+    OwnedLayout layout;
     std::vector<SearchField> fields;
     std::vector<int32_t> place;  // of each channel
     std::vector<int32_t> lane;   // narrow: its 16-bit sum
-    int32_t lanes = 0;
-    SearchGroup view{};
+    int32_t lanes = 0, steps = 0;
+
+    Shape(int32_t dim, int32_t bits) : layout(dim, bits) {}
 };
 
 // The fields of the planes but the first that complete the codes of each dword, in its order.
@@ -84,30 +90,43 @@ void add_fields(const Layout &l, int64_t steps, std::vector<SearchField> &out) {
     }
 }
 
-Group group_of(const IntegerGroup &g, int64_t word) {
-    Group out;
-    out.layout = std::make_unique<OwnedLayout>(g.dim, g.bits);
-    const Layout &l = *out.layout;
+Shape *new_shape(int32_t dim, int32_t bits, int32_t span) {
+    auto out = std::make_unique<Shape>(dim, bits);
+    const Layout &l = out->layout;
     const Plane &first = l.plane[0];
     const int32_t padded = (first.stride + 3) / 4 * 4;
-    const int32_t steps = padded / 4 * (8 / first.width);
-    if (l.planes > 1) add_fields(l, steps, out.fields);
-    for (int32_t c = 0; c < g.dim; c++) {
+    out->steps = padded / 4 * (8 / first.width);
+    if (l.planes > 1) add_fields(l, out->steps, out->fields);
+    for (int32_t c = 0; c < dim; c++) {
         const int32_t place = c / first.stride * padded + c % first.stride;
-        out.place.push_back(place);
-        if (g.bits > NARROW_BITS) continue;
-        out.lane.push_back(place / (4 * g.span) * 2 + place / 2 % 2);
-        out.lanes = std::max(out.lanes, out.lane.back() + 1);
+        out->place.push_back(place);
+        if (bits > NARROW_BITS) continue;
+        out->lane.push_back(place / (4 * span) * 2 + place / 2 % 2);
+        out->lanes = std::max(out->lanes, out->lane.back() + 1);
     }
-    out.view = {g.rows, g.stride, g.table, out.fields.data(), g.bits,
-                l.dwords, steps, g.span, word};
-    return out;
+    return out.release();
+}
+
+// Shapes are never freed: there are as many as indexes have kinds of groups.
+const Shape &shape_of(const IntegerGroup &g) {
+    static std::mutex mutex;
+    static auto &known = *new std::map<std::array<int32_t, 3>, const Shape *>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const Shape *&shape = known[{g.dim, g.bits, g.span}];
+    if (!shape) shape = new_shape(g.dim, g.bits, g.span);
+    return *shape;
+}
+
+SearchGroup view_of(const IntegerGroup &g, const Shape &shape, int64_t word) {
+    const Layout &l = shape.layout;
+    return {g.rows, g.stride, g.table, shape.fields.data(), g.bits,
+            l.dwords, shape.steps, g.span, word};
 }
 
 float rounded(float x) { return (float)__builtin_lrintf(x); }
 
 // Round a query as numerics/integers.py does; returns the unit.
-float round_query(const float *x, const IntegerGroup &g, const Group &group, int32_t *z,
+float round_query(const float *x, const IntegerGroup &g, const Shape &shape, int32_t *z,
                   std::vector<int64_t> &sums) {
     float peak = 0;
     bool finite = true;
@@ -122,9 +141,9 @@ float round_query(const float *x, const IntegerGroup &g, const Group &group, int
     };
     round();
     if (g.room) {
-        sums.assign((size_t)group.lanes * 2, 0);
+        sums.assign((size_t)shape.lanes * 2, 0);
         for (int32_t c = 0; c < g.dim; c++)
-            sums[(size_t)group.lane[c] * 2 + (z[c] < 0)] += std::abs(z[c]);
+            sums[(size_t)shape.lane[c] * 2 + (z[c] < 0)] += std::abs(z[c]);
         const int64_t worst = *std::max_element(sums.begin(), sums.end());
         if (worst > g.room) {
             most = g.room * most / worst;
@@ -139,7 +158,8 @@ struct Queries {
     std::vector<float> weights, rests;
 };
 
-Queries queries_of(const SearchCall &call, const std::vector<Group> &groups, int64_t word_count) {
+Queries queries_of(const SearchCall &call, const std::vector<const Shape *> &shapes,
+                   const std::vector<SearchGroup> &views, int64_t word_count) {
     Queries out;
     const int64_t count = call.count;
     int64_t dim = 0;
@@ -155,14 +175,14 @@ Queries queries_of(const SearchCall &call, const std::vector<Group> &groups, int
         int64_t channel = 0;
         for (int64_t g = 0; g < count; g++) {
             const IntegerGroup &from = call.groups[g];
-            const Group &group = groups[g];
-            const float unit = round_query(call.query + q * dim + channel, from, group, z.data(),
+            const Shape &shape = *shapes[g];
+            const float unit = round_query(call.query + q * dim + channel, from, shape, z.data(),
                                            sums);
             out.weights[q * count + g] = unit * from.unit;
-            int32_t *words = out.words.data() + q * word_count + group.view.word;
+            int32_t *words = out.words.data() + q * word_count + views[g].word;
             int32_t sum = 0;
             for (int32_t c = 0; c < from.dim; c++) {
-                const int32_t place = group.place[c];
+                const int32_t place = shape.place[c];
                 if (from.bits > NARROW_BITS) {
                     ((int16_t *)words)[place / 4 * 4 + place % 2 * 2 + place % 4 / 2] =
                         (int16_t)z[c];
@@ -233,19 +253,19 @@ void run_parts(int64_t begin, int64_t end, void *context) {
 }
 
 void search(const SearchCall &call) {
-    std::vector<Group> groups;
+    std::vector<const Shape *> shapes;
     std::vector<SearchGroup> views;
     SearchArgs args{};
     args.lead = call.rests ? call.lead : call.count;
     for (int32_t g = 0; g < call.count; g++) {
-        groups.push_back(group_of(call.groups[g], args.word_count));
-        const SearchGroup &view = groups.back().view;
-        views.push_back(view);
+        shapes.push_back(&shape_of(call.groups[g]));
+        views.push_back(view_of(call.groups[g], *shapes.back(), args.word_count));
+        const SearchGroup &view = views.back();
         args.word_count += view.steps * (view.bits > NARROW_BITS ? 2 : 1);
         if (g < args.lead) args.lead_words = args.word_count;
         args.dwords = std::max(args.dwords, view.dwords);
     }
-    const Queries queries = queries_of(call, groups, args.word_count);
+    const Queries queries = queries_of(call, shapes, views, args.word_count);
     const int64_t wanted = call.threads > 1 ? 2 * call.threads : 1;
     const auto parts = parts_of(call, kernels().search->tile, wanted);
     const int64_t kept = call.queries * call.k;
@@ -280,7 +300,12 @@ void search(const SearchCall &call) {
             all.insert(all.end(), from, from + call.k);
         }
         std::partial_sort(all.begin(), all.begin() + call.k, all.end(), std::greater<int64_t>());
-        std::copy_n(all.begin(), call.k, call.keys + q * call.k);
+        for (int64_t i = 0; i < call.k; i++) {
+            const float score = score_of(all[i]);
+            call.scores[q * call.k + i] = score;
+            call.found[q * call.k + i] =
+                score == -INFINITY ? -1 : 0xFFFFFFFF - (all[i] & 0xFFFFFFFF);
+        }
     }
 }
 
