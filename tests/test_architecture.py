@@ -24,7 +24,7 @@ MAX_IMPORT_MS = 300
 # From the bottom up. A module may import what is in a lower layer, and its own part (the first
 # name after `quantforge`); of its own layer only where the parts are one thing in two files.
 LAYERS = (
-    ("errors",),
+    ("errors", "text"),
     ("settings", "spec"),
     ("config", "numerics"),
     ("native",),
@@ -41,7 +41,7 @@ LAYERS = (
 )
 LAYER_OF = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MUTUAL = ({"dispatch", "tensor"}, {"arrays", "io", "pipeline", "quantizer"})
-NO_TORCH = ("errors", "settings", "spec", "config", "numerics")
+NO_TORCH = ("errors", "text", "settings", "spec", "config", "numerics")
 OPS = ("attention", "cache_append", "combine", "dequantize", "quantize", "scores", "search")
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -103,24 +103,33 @@ def measure(
     pipeline = QuantPipeline(x.shape[1], config)
     encode_s, codes = _timed(lambda: pipeline.compress(x, progress=False), x.device)
     decode_s, decoded = _timed(codes.dequantize, x.device)
-    norms = x.square().sum(-1, dtype=torch.float64)
-    error = (x - decoded).square().sum(-1, dtype=torch.float64)
-    lengths = (norms * decoded.square().sum(-1, dtype=torch.float64)).sqrt()
-    products = (x * decoded).sum(-1, dtype=torch.float64)
+    mse, cosine = losses(x, decoded)
     nbytes = (codes.packed.nbytes + codes.scales.nbytes) / len(x)
     return Measured(
         bits=config.bits,
         vectors=len(x),
         bytes_per_vector=nbytes,
         ratio=4 * x.shape[1] / nbytes,
-        mse=float(error.sum() / norms.sum().clamp_min(1e-300)),
+        mse=float(mse.mean()),
         theory=theory(pipeline.spec),
         bound=4.0**-config.bits,
-        cosine=float((products / lengths.clamp_min(1e-300)).mean()),
+        cosine=float(cosine.mean()),
         recall=_recall(x, codes, queries.float(), min(k, len(x))) if len(queries) else None,
         encode_gb_s=x.nbytes / encode_s / 1e9,
         decode_gb_s=x.nbytes / decode_s / 1e9,
     )
+
+
+def losses(x: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return squared error over the mean squared length, and cosine, of vectors (n, dim), float64.
+
+    The mean of the first is `sum |x - decoded|^2 / sum |x|^2`. Vectors of zeros have cosine 0.
+    """
+    norms = x.square().sum(-1, dtype=torch.float64)
+    error = (x - decoded).square().sum(-1, dtype=torch.float64)
+    lengths = (norms * decoded.square().sum(-1, dtype=torch.float64)).sqrt()
+    products = (x * decoded).sum(-1, dtype=torch.float64)
+    return error / norms.mean().clamp_min(1e-300), products / lengths.clamp_min(1e-300)
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:

@@ -32,9 +32,9 @@ from quantforge.cli.common import (
     emit,
     new_figure,
     path_ending_in,
-    table,
     whole,
 )
+from quantforge.text import table
 
 if TYPE_CHECKING:
     from quantforge.measure import Measured

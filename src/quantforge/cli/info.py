@@ -6,7 +6,8 @@ import argparse
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from quantforge.cli.common import add_json, emit, size, table
+from quantforge.cli.common import add_json, emit, size
+from quantforge.text import table
 
 if TYPE_CHECKING:
     from quantforge.inputs import Entry

@@ -16,7 +16,7 @@ from quantforge.llm.cache import QuantForgeCache
 from quantforge.llm.fidelity import Fidelity, decode_logits, fidelity
 from quantforge.llm.needles import Needle, needle_prompts, recall
 from quantforge.llm.presets import PRESETS
-from quantforge.llm.report import table
+from quantforge.text import table
 
 OWN = "the model's own"
 

@@ -25,6 +25,7 @@ from quantforge.llm.store import Store
 from quantforge.numerics.codebook import load_codebook
 from quantforge.numerics.lloyd_max import distortion
 from quantforge.spec import QuantSpec, own_centroids
+from quantforge.text import table
 
 BIASED = 1.0
 """Key bias from which the mean, left in, would take most of the bits."""
@@ -100,16 +101,6 @@ class CacheReport:
             for row in self.layers
         ]  # fmt: skip
         return f"{table(head, rows)}\n{self.nbytes / 2**20:.2f} MiB in {len(rows)} layers"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows under a head in columns of equal width."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def _number(x: float | None) -> str:

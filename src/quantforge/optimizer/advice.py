@@ -63,16 +63,6 @@ class Chosen:
         settings.write(path, self.sections)
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows under a head in columns of equal width."""
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
 def draw(
     path: str | os.PathLike[str],
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]],

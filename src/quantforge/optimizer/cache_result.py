@@ -9,11 +9,12 @@ from os import PathLike
 from typing import Any
 
 from quantforge.errors import ConfigError
-from quantforge.optimizer.advice import Chosen, Recommendation, columns, draw
+from quantforge.optimizer.advice import Chosen, Recommendation, draw
 from quantforge.optimizer.compare import F64, Gain, standard_error
 from quantforge.optimizer.reward import Weights, accuracy_of_kl, pareto, saved
 from quantforge.optimizer.slots import Plan, Slot
 from quantforge.optimizer.timing import Latency, why_no_latency
+from quantforge.text import table
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +170,7 @@ class CacheOptimization:
                     "" if gain is None else f"{gain.standard_error:.5f}",
                     f"{self.reward(budget):.4f}" if chosen else "", str(plan.plan),
                 ])  # fmt: skip
-        return columns(head, rows)
+        return table(head, rows)
 
     def __str__(self) -> str:
         where = (

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from quantforge.config import QuantForgeConfig
+from quantforge.measure import losses
 from quantforge.optimizer.sample import Sample
 from quantforge.optimizer.space import Config, name
 from quantforge.optimizer.timing import Latency, latency
@@ -80,11 +81,8 @@ def measure(config: Config, sample: Sample, stored: int, *, timed: bool) -> Poin
         restored, found, nbytes, search = _codes(config, sample, stored)
     else:
         restored, found, nbytes, search = _index(config, sample, stored)
-    error = (restored - sample.base).square().sum(-1).double()
-    length = sample.base.square().sum(-1).double().mean()
-    cosine = torch.cosine_similarity(restored.double(), sample.base.double(), dim=-1)
+    relative, cosine = (loss.cpu().numpy() for loss in losses(sample.base, restored))
     recall = sample.recall(found)
-    relative = (error / length.clamp_min(1e-300)).cpu().numpy()  # all zero: no error
     return Point(
         config,
         float(recall.mean()),
@@ -92,7 +90,7 @@ def measure(config: Config, sample: Sample, stored: int, *, timed: bool) -> Poin
         float(relative.mean()),
         nbytes,
         latency(search, sample.base.device) if timed else None,
-        {"recall": recall, "cosine": cosine.cpu().numpy(), "mse": 1 - relative},
+        {"recall": recall, "cosine": cosine, "mse": 1 - relative},
     )
 
 

@@ -8,13 +8,14 @@ from functools import cached_property
 from os import PathLike
 from typing import Any, Literal
 
-from quantforge.optimizer.advice import Chosen, Recommendation, call, columns, draw
+from quantforge.optimizer.advice import Chosen, Recommendation, call, draw
 from quantforge.optimizer.compare import Gain, standard_error
 from quantforge.optimizer.measure import Accuracy, Point
 from quantforge.optimizer.policies import Policy
 from quantforge.optimizer.reward import Weights, pareto, saved
 from quantforge.optimizer.sample import Sample
 from quantforge.optimizer.space import Config, name
+from quantforge.text import table
 from quantforge.vectordb.config import IndexConfig
 
 Kind = Literal["vectors", "index"]
@@ -148,7 +149,7 @@ class VectorOptimization:
             ]
             for point in sorted(shown.values(), key=lambda point: point.bytes_per_vector)
         ]  # fmt: skip
-        return columns(head, rows)
+        return table(head, rows)
 
     def __str__(self) -> str:
         where = (
