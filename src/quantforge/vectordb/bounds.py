@@ -8,8 +8,6 @@ early. A search of all rows by the native library is prepared once, until rows c
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from quantforge.ops.mixed_search.native import PreparedSearch
@@ -25,25 +23,23 @@ MIN_ROWS = 1024
 LEAST_MARGIN = 1e-3
 """Standard deviations: a margin of none would make rows out of reach by rounding."""
 
+Searches = dict[tuple[int | None, float] | None, tuple[PreparedSearch, Bounds | None]]
+
 
 class Ready:
     """Searches that are prepared, by (lead, margin) or None, with bounds of their own.
 
-    They hold addresses of the rows, so a copy of an index begins without any.
+    They hold addresses of the rows, so a copy or pickle of an index begins without any.
     """
 
     def __init__(self) -> None:
         self._rows = 0
-        self.searches: dict[
-            tuple[int | None, float] | None, tuple[PreparedSearch, Bounds | None]
-        ] = {}
+        self.searches: Searches = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Ready:
-        return Ready()
+    def __reduce__(self) -> tuple[type[Ready], tuple[()]]:
+        return Ready, ()
 
-    def of(
-        self, rows: int
-    ) -> dict[tuple[int | None, float] | None, tuple[PreparedSearch, Bounds | None]]:
+    def of(self, rows: int) -> Searches:
         """Return the searches of so many rows; those of fewer are forgotten."""
         if self._rows != rows:
             self._rows, self.searches = rows, {}
