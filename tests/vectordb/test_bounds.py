@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from quantforge.ops.mixed_search.parts import rests_of
-from quantforge.vectordb import IndexConfig, QuantizedIndex
+from quantforge.vectordb import IndexConfig, QuantizedIndex, scan
 from quantforge.vectordb.bounds import MAX_REST, MIN_ROWS, RowBounds
 from tests.vectordb.data import skewed
 
@@ -53,9 +55,58 @@ def test_a_search_without_bounds_finds_the_same(monkeypatch: pytest.MonkeyPatch)
     ids, scores = index.search(Q, 10)
     assert len(bounds_of(index)._rests.rows) == N
     monkeypatch.setattr("quantforge.vectordb.bounds.MIN_ROWS", N + 1)
-    again, same = index.search(Q, 10)
+    again, same = index.copy().search(Q, 10)  # a copy prepares its searches anew
     np.testing.assert_array_equal(ids, again)
     np.testing.assert_array_equal(scores, same)
+
+
+def compare(index: QuantizedIndex) -> None:
+    """Compare searches, which are prepared, with scores of all rows in torch."""
+    core = index._core
+    assert core is not None
+    queries, there = core.codec.queries(Q), core.removed.left(len(core.rows))
+    scores, rows = scan.best_by_tiles(core.shelf, queries, 10, None, there)
+    ids = core.catalog.ids.names(rows)
+    for found, values in (
+        index.search(Q, 10),
+        [
+            np.concatenate(part)
+            for part in zip(*(index.search(q[None], 10) for q in Q), strict=True)
+        ],
+    ):
+        np.testing.assert_array_equal(found, ids)
+        np.testing.assert_array_equal(values, scores.numpy())
+
+
+def test_prepared_searches_follow_rows(tmp_path: Path) -> None:
+    index = QuantizedIndex(DIM, IndexConfig(bits=2, nlist=0))
+    index.add(X)
+    compare(index)
+    index.update([5, 2000], 3 * Q[:2])
+    compare(index)
+    index.add(3 * Q[2:9])
+    compare(index)
+    index.remove_ids(np.arange(0, 400, 7))
+    compare(index)
+    index.remove_ids(np.arange(401, 2000))  # so many that rows move
+    compare(index)
+    index.save(tmp_path / "index.safetensors")
+    again = QuantizedIndex.load(tmp_path / "index.safetensors")
+    compare(again)
+    again.update([2500], 4 * Q[:1])
+    compare(again)
+    compare(index)
+
+
+def test_a_margin_is_counted_as_memory_and_not_copied() -> None:
+    index = QuantizedIndex(DIM, IndexConfig(bits=2, nlist=0))
+    index.add(X)
+    index.search(Q, 10)
+    before = bounds_of(index).nbytes
+    index.search(Q[:1], 10, two_stage=0.99)
+    steps = bounds_of(index)._steps.nbytes
+    assert bounds_of(index).nbytes == before + 2 * N + steps
+    assert bounds_of(index.copy()).nbytes == before
 
 
 def test_no_bounds_where_there_is_nothing_to_leave_out() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantforge.errors import FormatError, InputError
+from quantforge.ops.mixed_search.native import PreparedSearch
 from quantforge.vectordb import IndexConfig, QuantizedIndex
 from quantforge.vectordb.querying import plan_of
 from tests.vectordb.data import recall, skewed
@@ -73,6 +74,26 @@ def test_two_stages_find_what_a_scan_finds(metric: str) -> None:
     assert plan_of(index._core, K, 0.99) is plan
     with pytest.raises(InputError, match="without lists and a search without filter"):
         index.search(Q, K, two_stage=0.99, ids=[1, 2])
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"bits": 3, "mode": "centred"}], ids=str)
+def test_two_stages_of_a_query_alone(settings: dict[str, Any]) -> None:
+    """It is the native scan with a margin in place of bounds: scores are those of whole codes."""
+    index = built(**settings)
+    whole, scores = index.search(Q, K)
+    alone = [index.search(q[None], K, two_stage=0.99) for q in Q]
+    found, values = (np.concatenate(part) for part in zip(*alone, strict=True))
+    assert recall(torch.from_numpy(found), torch.from_numpy(whole)) > 0.98
+    same = (found == whole).all(1)
+    np.testing.assert_array_equal(values[same], scores[same])
+
+
+def test_two_stages_in_torch_find_what_native_ones_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = built(bits=3)
+    native, _ = index.search(Q, K, two_stage=0.99)
+    monkeypatch.setattr(PreparedSearch, "cannot", lambda specs, device: "not here")
+    found, _ = index.copy().search(Q, K, two_stage=0.99)
+    assert recall(torch.from_numpy(found), torch.from_numpy(native)) > 0.98
 
 
 @pytest.mark.parametrize("originals", ["float16", "int8"])
