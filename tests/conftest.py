@@ -36,12 +36,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `empty` allocates with NaN (0xA5 for integers), as uninitialized memory may be."""
+    """Fill what `empty` allocates with NaN (0x5A for integers), as uninitialized memory may be."""
 
     def poisoned(make):  # type: ignore[no-untyped-def]
         def allocate(*args, **kwargs):  # type: ignore[no-untyped-def]
             tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xA5)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0x5A)
 
         return allocate
 

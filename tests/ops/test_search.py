@@ -251,9 +251,9 @@ def test_more_bytes_than_32_bits_count() -> None:
         query = query_of(q, 768, device=device)
         exact = to_float64(query) @ store.exact.T
         _, rows = search(query, packed, scales, spec, 3)
-        np.testing.assert_array_equal(
-            rows.cpu().numpy() - (n - 1000), np.argsort(-exact, axis=1)[:, :3]
-        )
+        found = np.take_along_axis(exact, rows.cpu().numpy() - (n - 1000), axis=1)
+        best = -np.sort(-exact, axis=1)[:, :3]
+        np.testing.assert_allclose(found, best, rtol=1e-3)  # two of nearly one score may change
 
 
 @pytest.mark.gpu

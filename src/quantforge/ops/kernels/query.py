@@ -30,6 +30,8 @@ from quantforge.spec import QuantSpec, hadamard_base
 MAX_FACTORED_DIM = 1 << 14
 """Larger rotations do not fit into the registers of one program."""
 DIGIT_BASE = 256
+MAX_EXACT_DIM = 1024
+"""Up to here float32 products take fewer instructions than tensor cores do: 400 for 736 at 128."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ def _project(
     stride_equalizer, stride_shift, columns_per_head, q, norm,
     DIM: tl.constexpr, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     B_USED: tl.constexpr, ROTATE: tl.constexpr, EQUALIZER: tl.constexpr, SHIFT: tl.constexpr,
-    DIGITS: tl.constexpr, UNIT: tl.constexpr, NORMALIZE: tl.constexpr,
+    DIGITS: tl.constexpr, UNIT: tl.constexpr, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rotate one query and write it in operand order; a query from q on is zero."""
     head = tl.program_id(1).to(tl.int64)
@@ -74,9 +76,9 @@ def _project(
     if ROTATE:
         x *= tl.load(signs + channel, mask=live, other=0.0)
         h = tl.load(left + a * A + tl.arange(0, A)[None, :])
-        x = tl.dot(h, x, input_precision="tf32x3")
+        x = tl.dot(h, x, input_precision=PRECISION)
         h = tl.load(right + tl.arange(0, B)[:, None] * B + b)
-        x = tl.dot(x, h, input_precision="tf32x3")
+        x = tl.dot(x, h, input_precision=PRECISION)
         x *= tl.cast(norm, tl.float32)
         x = tl.where(live, x, 0.0)
     place = tl.load(position + channel, mask=live, other=0)
@@ -209,6 +211,7 @@ def project(
         DIGITS=digits,
         UNIT=unit,
         NORMALIZE=kind != torch.float32,
+        PRECISION="ieee" if dim <= MAX_EXACT_DIM else "tf32x3",
         num_warps=4 if dim <= 4096 else 8,
     )
     return Queries(rows, weights, offsets)
