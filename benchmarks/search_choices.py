@@ -1,6 +1,6 @@
 """What a search leaves out: candidates by errors, two stages; and what ids and drift cost.
 
-    python -m benchmarks.search_choices vectors.npy [--queries 150]
+    python -m benchmarks.search_choices vectors.npy [--queries 150] [--only PATTERN]
 
 Vectors are raw or .npy float32 rows of 384. One thread, flat indexes, recall@10 against exact
 inner products.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,7 @@ def stages(index: QuantizedIndex, query: np.ndarray, truth: np.ndarray) -> dict[
     whole, _ = index.search(query, K)
     row: dict[str, Any] = {"recall": recall(whole, truth)}
     row["queries/s"] = len(query) / seconds(lambda: index.search(query, K))
+    row["single ms"] = single(index, query, None)
     coded, codec, q = core.rows.coded(slice(None)), core.codec, torch.from_numpy(query)
     full = codec.scores(codec.queries(q), coded)
     for target in RECALLS:
@@ -99,8 +102,23 @@ def stages(index: QuantizedIndex, query: np.ndarray, truth: np.ndarray) -> dict[
             "read": (plan.stage.nbytes + codec.row_bytes * count / full.numel()) / codec.row_bytes,
             "queries/s": len(query)
             / seconds(lambda target=target: index.search(query, K, two_stage=target)),
+            "single ms": single(index, query, target),
+            "single same": recall(
+                np.concatenate([index.search(q[None], K, two_stage=target)[0] for q in query]),
+                whole,
+            ),
         }
     return row
+
+
+def single(index: QuantizedIndex, query: np.ndarray, two_stage: float | None) -> float:
+    """Return the median CPU time of queries alone, in ms."""
+    times = []
+    for q in query:
+        start = time.process_time()
+        index.search(q[None], K, two_stage=two_stage)
+        times.append(time.process_time() - start)
+    return 1e3 * float(np.median(times))
 
 
 def ids() -> list[dict[str, Any]]:
@@ -162,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("vectors", type=Path)
     parser.add_argument("--queries", type=int, default=150)
+    parser.add_argument("--only", default="", help="regular expression of cases")
     options = parser.parse_args()
     torch.set_num_threads(1)
     x = read(options.vectors)
@@ -169,17 +188,19 @@ def main() -> None:
     truth = (torch.from_numpy(query) @ torch.from_numpy(x).T).topk(K).indices.numpy()
     where = {**environment("cpu"), "vectors": len(x), "queries": len(query)}
 
-    def keep(case: str, row: Any) -> None:
-        print(case, row, flush=True)
-        put_row(OUT, {"case": case, "environment": where, "found": row})
+    def keep(case: str, measure: Callable[[], Any]) -> None:
+        if re.search(options.only, case):
+            row = measure()
+            print(case, row, flush=True)
+            put_row(OUT, {"case": case, "environment": where, "found": row})
 
-    keep("drift", drift(x))
-    keep("ids", ids())
+    keep("drift", lambda: drift(x))
+    keep("ids", ids)
     for mode, bits in CODES:
         index = QuantizedIndex(DIM, IndexConfig(bits=bits, mode=mode, nlist=0))
         index.add(x)
-        keep(f"two stages {mode} {bits}", stages(index, query, truth))
-        keep(f"rerank {mode} {bits}", candidates(index, x, query, truth))
+        keep(f"two stages {mode} {bits}", partial(stages, index, query, truth))
+        keep(f"rerank {mode} {bits}", partial(candidates, index, x, query, truth))
 
 
 if __name__ == "__main__":

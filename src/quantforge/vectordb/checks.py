@@ -27,13 +27,14 @@ def vectors_of(
         InputError: for a wrong shape or dtype, NaN or infinity, or no direction to normalize.
     """
     if _is_plain(x, dim):
-        found = torch.from_numpy(x).to(device)
+        found, finite = torch.from_numpy(x).to(device), bool(np.isfinite(x).all())
     else:
         source = Source.of(x, dim)
         if len(source.shape) != 2:
             raise InputError(f"{what} must have shape (n, {dim}); got {source.shape}; use x[None]")
         found = as_tensor(x if isinstance(x, torch.Tensor) else x[:]).to(device, torch.float32)
-    if not bool(found.isfinite().all()):
+        finite = bool(found.isfinite().all())
+    if not finite:
         row = int((~found.isfinite().all(-1)).nonzero()[0])
         raise InputError(f"{what} must be finite, but row {row} holds NaN or infinity")
     if not unit_length:
