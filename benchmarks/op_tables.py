@@ -104,6 +104,39 @@ def decode_step_table() -> str:
     return of_devices("decode_step", "python -m benchmarks.decode_step", _steps)
 
 
+def compiled_step_table() -> str:
+    """Return compiled decode steps with transformers' static cache and with ours."""
+    return of_devices("decode_step", "python -m benchmarks.decode_step", _compiled_steps)
+
+
+def _compiled_steps(rows: list[Row]) -> str:
+    head = [
+        "context",
+        "batch",
+        "`StaticCache`, bf16",
+        "`QuantForgeCache`, 4 bits",
+        "faster",
+        "peak",
+    ]
+    found = {row["case"]: row for row in rows if row["compiled"] and "skipped" not in row}
+    body = []
+    for name, theirs in found.items():
+        ours = found.get(f"quantforge4-{name}")
+        if ours is None or ours["batch"] != theirs["batch"]:
+            continue
+        peaks = [f"{row['peak_gib']:.1f}" for row in (theirs, ours) if row["peak_gib"] is not None]
+        body.append(
+            [
+                f"{theirs['context']:,}",
+                str(theirs["batch"]),
+                *(f"{row['step_ms']:.1f} ms" for row in (theirs, ours)),
+                f"{theirs['step_ms'] / ours['step_ms']:.1f}x",
+                f"{' and '.join(peaks)} GiB" if peaks else "",
+            ]
+        )
+    return markdown(head, sorted(body, key=lambda row: (len(row[0]), row[0], int(row[1]))))
+
+
 def _steps(rows: list[Row]) -> str:
     head = ["context", "batch", "cache", "step", "tokens/s", "peak", "bytes floor"]
     parts = ["attention", "append", "linear", "other", "gap"]

@@ -11,7 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import optimizer_tables
-from benchmarks.op_tables import decode_step_table, markdown, op_table, plots
+from benchmarks.op_tables import (
+    compiled_step_table,
+    decode_step_table,
+    markdown,
+    op_table,
+    plots,
+)
 from benchmarks.record import RESULTS, load
 from benchmarks.registry import OPS
 from benchmarks.search_tables import table as index_peers
@@ -122,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "native_ops_avx2": lambda: native_ops("native_ops_avx2"),
     "decode_attention_goals": partial(op_table, "decode_attention", only_goals=True),
     "decode_step": decode_step_table,
+    "compiled_step": compiled_step_table,
     "decode_attention_plot": plots,
     "index_peers": index_peers,
     **{
