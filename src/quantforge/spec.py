@@ -93,11 +93,11 @@ def _check_codebook(codebook: object, bits: int) -> str:
     """Return the canonical text of a codebook; `ConfigError` if it cannot be one."""
     if not isinstance(codebook, str) or not codebook.startswith(CENTROIDS):
         names = get_args(CodebookName)
-        if codebook not in names:
+        if not isinstance(codebook, str) or codebook not in names:
             raise ConfigError(
                 f"codebook must be one of {', '.join(names)}, or 2^bits centroids; got {codebook!r}"
             )
-        return str(codebook)
+        return codebook
     count = codebook.count(",") + 1
     if count != 1 << bits:
         raise ConfigError(f"a codebook of {bits} bits has {1 << bits} centroids; got {count}")
@@ -114,8 +114,8 @@ def _check_codebook(codebook: object, bits: int) -> str:
         )
     if not np.diff(centroids.astype(np.float64)).min() >= _LEAST_GAP * largest:
         raise ConfigError(
-            "centroids must ascend, each by 2^-14 of the largest at least; sort them, and leave "
-            "none out twice"
+            "centroids must ascend, each by 2^-14 of the largest at least; sort them, and list "
+            "none twice"
         )
     return codebook_text(centroids)
 

@@ -93,5 +93,5 @@ def test_rotated(bits: int, dim: int) -> None:
 
 def test_qr_is_refused() -> None:
     store = make_store(QuantSpec(100, rotation="qr"), 3)
-    with pytest.raises(UnsupportedError, match="QR rotation"):
+    with pytest.raises(UnsupportedError, match="Hadamard rotations only, not qr"):
         dequantize(store.packed, store.scales, store.spec, impl="triton")

@@ -121,7 +121,7 @@ def test_bad_values_are_named() -> None:
 @pytest.mark.parametrize(
     ("x", "spec", "reason"),
     [
-        (torch.ones(3, 100), QuantSpec(100, rotation="qr"), "QR rotation"),
+        (torch.ones(3, 100), QuantSpec(100, rotation="qr"), "Hadamard rotations only, not qr"),
         (torch.ones(3, 4), QuantSpec(4), "dim 4"),
         (torch.ones(2, 3, 4, 5, 6, 64).permute(2, 0, 3, 1, 4, 5), QuantSpec(64), "axes"),
     ],

@@ -167,7 +167,7 @@ def test_append_writes_its_rows_and_no_others(statistic: Statistic, level: str) 
     ("spec", "dtype", "reason"),
     [
         (QuantSpec(64, 4, estimator="prod"), torch.float32, "QJL"),
-        (QuantSpec(63, 4, rotation="qr"), torch.float32, "QR"),
+        (QuantSpec(63, 4, rotation="qr"), torch.float32, "Hadamard rotations only, not qr"),
         (QuantSpec(64, 4), torch.float8_e4m3fn, "float8_e4m3fn"),
     ],
 )
