@@ -4,10 +4,9 @@ The history is decoded a chunk at a time, in rotated space and into one buffer; 
 of all heads that share a key head are rows of one head, as no mask tells them apart. Chunks merge
 by their log-sum-exp (arXiv 2205.14135, section 3.1).
 
-    current stream   decode_chunk, decode_chunk, ...
-    second stream    cuDNN or flash, merge_chunk, cuDNN or flash, merge_chunk, ...
+    for each chunk: decode_chunk, cuDNN or flash, merge_chunk
 
-    memory     two chunks, whatever the length of the history
+    memory     one chunk, whatever the length of the history
     traffic    codes once; a chunk is written and read once per 128 query rows, partly in L2
 """
 
@@ -20,7 +19,6 @@ import triton
 
 from quantforge.ops import flash
 from quantforge.ops.kernels.chunk import decode_chunk, merge_chunk
-from quantforge.ops.lanes import Lanes
 from quantforge.ops.launch import capability, multiprocessors
 from quantforge.spec import QuantSpec
 
@@ -64,16 +62,13 @@ def attend_in_chunks(
     n = key.packed.shape[2]
     cut = flash.chunks(n, flash.longest_chunk(4 * dim * batch * heads, rows))
     capacity = max(length for _, length in cut)
-    buffers = query.new_empty((min(len(cut), 2), 2, batch, heads, capacity, dim), dtype=dtype)
+    keys, values = query.new_empty((2, batch, heads, capacity, dim), dtype=dtype)
     out = torch.empty_like(query)
     lse = query.new_empty((batch, heads, rows))
     operands = query.to(dtype)
     columns = triton.next_power_of_2(dim)
     merge_rows = MERGE_ELEMENTS // columns
-    lanes = Lanes(query.device, query.is_cuda and len(cut) > 1)
     for step, (first, length) in enumerate(cut):
-        keys, values = buffers[step % 2]
-        lanes.wait(step - 2)  # the buffer's last reader
         decode_chunk[(triton.cdiv(length, DECODE_ROWS), batch * heads, 2)](
             *(key.packed, key.scales, key.table, keys),
             *(value.packed, value.scales, value.table, values),
@@ -87,21 +82,15 @@ def attend_in_chunks(
             ROWS=DECODE_ROWS,
             num_warps=4,
         )
-        lanes.fork()
-        with lanes.second():
-            part, part_lse = flash.attend(
-                operands, keys[:, :, :length], values[:, :, :length], scale
-            )
-            merge_chunk[(triton.cdiv(rows, merge_rows), batch * heads)](
-                *(out, lse, part, part_lse, rows, heads),
-                *part.stride()[:3],
-                *part_lse.stride(),
-                DIM=dim,
-                COLUMNS=columns,
-                ROWS=merge_rows,
-                IS_FIRST=step == 0,
-                num_warps=4,
-            )
-        lanes.mark()
-    lanes.join()
+        part, part_lse = flash.attend(operands, keys[:, :, :length], values[:, :, :length], scale)
+        merge_chunk[(triton.cdiv(rows, merge_rows), batch * heads)](
+            *(out, lse, part, part_lse, rows, heads),
+            *part.stride()[:3],
+            *part_lse.stride(),
+            DIM=dim,
+            COLUMNS=columns,
+            ROWS=merge_rows,
+            IS_FIRST=step == 0,
+            num_warps=4,
+        )
     return out, lse

@@ -4,10 +4,9 @@ The history is decoded a chunk at a time in rotated space, the rotated query row
 attend to it without a mask, and the dense tokens (sinks, recent, the queries' own) are one causal
 call beside it. All merge by their log-sum-exp (arXiv 2205.14135, section 3.1).
 
-    current stream   decode_pages, decode_pages, ... flash, causal ......... merge_extended
-    second stream    rotate_queries, cuDNN or flash, cuDNN or flash, ...
+    rotate_queries, then for each chunk decode_pages, cuDNN or flash; flash, causal; merge_extended
 
-    memory     two chunks and one output per chunk, merged pairwise: no more with a longer history
+    memory     one chunk and its output, merged pairwise: no more with a longer history
     traffic    codes once; a chunk is written and read once per 128 query rows, partly in L2
 """
 
@@ -23,7 +22,6 @@ from quantforge.ops import constants, flash
 from quantforge.ops.decode_attention.lookup import lookup
 from quantforge.ops.kernels.chunk import merge_chunk
 from quantforge.ops.kernels.page_chunk import decode_pages, merge_extended, rotate_queries
-from quantforge.ops.lanes import Lanes
 from quantforge.ops.launch import INTERPRET, capability, multiprocessors
 from quantforge.ops.merge import Partial
 from quantforge.ops.pages import lookup_table
@@ -129,7 +127,7 @@ def extend_attention(
     """
     plan = _plan(k_spec_key, v_spec_key, query.device)
     batch, heads, q_len, dim = query.shape
-    kv_heads, device, tokens = k_pages.shape[1], query.device, plan.tokens
+    kv_heads, tokens = k_pages.shape[1], plan.tokens
     rows = heads // kv_heads * q_len
     padded = -(-rows // PAD_ROWS) * PAD_ROWS
     rotated = query.new_empty((batch, kv_heads, padded, dim))
@@ -138,41 +136,28 @@ def extend_attention(
         offsets = query.new_empty((batch, kv_heads, rows), dtype=torch.float32)
     cut = flash.chunks(n_tokens, flash.longest_chunk(4 * dim * batch * kv_heads, rows))
     capacity = -(-max(length for _, length in cut) // tokens) * tokens
-    buffers = query.new_empty((min(len(cut), 2), 2, batch, kv_heads, capacity, dim))
-    has_dense = k_dense is not None and n_dense > 0
-    lanes = Lanes(device, query.is_cuda and (has_dense or len(cut) > 1))
-
-    def attend_densely() -> Partial | None:
-        if k_dense is None or v_dense is None or not has_dense:
-            return None
-        recent = (k_dense[:, :, :n_dense], v_dense[:, :, :n_dense])
-        return flash.flash(query, *recent, scale, is_causal)
-
+    keys, values = query.new_empty((2, batch, kv_heads, capacity, dim))
     matrix, unit = plan.rotations[0]
-    with lanes.second():
-        rotate_queries[(padded // EDGE_ROWS, batch * kv_heads)](
-            query, matrix, k_equalizer, k_shift, rotated, offsets,
-            rows, q_len, padded, float(scale), unit, *query.stride()[:3],
-            *_strides(k_equalizer), *_strides(k_shift),
-            HKV=kv_heads, D=dim, TERMS=len(matrix), ROWS=EDGE_ROWS, COLUMNS=EDGE_COLUMNS,
-            num_warps=4,
-        )  # fmt: skip
+    rotate_queries[(padded // EDGE_ROWS, batch * kv_heads)](
+        query, matrix, k_equalizer, k_shift, rotated, offsets,
+        rows, q_len, padded, float(scale), unit, *query.stride()[:3],
+        *_strides(k_equalizer), *_strides(k_shift),
+        HKV=kv_heads, D=dim, TERMS=len(matrix), ROWS=EDGE_ROWS, COLUMNS=EDGE_COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
     history = _History(rows)
     pages_per_row = len(k_pages) // batch if page_table is None else page_table.shape[1]
-    for step, (first, length) in enumerate(cut):
-        keys, values = buffers[step % 2]
-        lanes.wait(step - 2)  # the buffer's last reader
+    for first, length in cut:
         decode_pages[(-(-length // tokens), batch * kv_heads, 2)](
             k_pages, v_pages, *plan.tables, page_table, keys, values, first // tokens,
             pages_per_row, capacity,
             HKV=kv_heads, **plan.constants, num_warps=4,
         )  # fmt: skip
-        lanes.fork()
-        with lanes.second():
-            history.add(flash.attend(rotated, keys[:, :, :length], values[:, :, :length], scale))
-        lanes.mark()
-    dense = attend_densely()
-    lanes.join()
+        history.add(flash.attend(rotated, keys[:, :, :length], values[:, :, :length], scale))
+    dense = None
+    if k_dense is not None and v_dense is not None and n_dense > 0:
+        recent = (k_dense[:, :, :n_dense], v_dense[:, :, :n_dense])
+        dense = flash.flash(query, *recent, scale, is_causal)
     return _merge(query, history, dense, offsets, plan, v_equalizer, v_shift, kv_heads)
 
 
