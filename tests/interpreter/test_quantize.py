@@ -10,7 +10,7 @@ from quantforge.errors import InputError, UnsupportedError
 from quantforge.numerics.codebook import codebook_of
 from quantforge.numerics.encode import encode
 from quantforge.ops import quantize
-from quantforge.spec import QuantSpec
+from quantforge.spec import QuantSpec, codebook_text
 from tests.helpers import LAYOUTS, Statistic, assert_same_bits, gaussian, statistics_of
 from tests.interpreter import INTERPRET
 from tests.ops.test_quantize import _adversarial
@@ -122,6 +122,7 @@ def test_bad_values_are_named() -> None:
     ("x", "spec", "reason"),
     [
         (torch.ones(3, 100), QuantSpec(100, rotation="qr"), "Hadamard rotations only, not qr"),
+        (torch.ones(3, 64), QuantSpec(64, 1, codebook="centroids:-1,2"), "not symmetric"),
         (torch.ones(3, 4), QuantSpec(4), "dim 4"),
         (torch.ones(2, 3, 4, 5, 6, 64).permute(2, 0, 3, 1, 4, 5), QuantSpec(64), "axes"),
     ],
@@ -129,6 +130,16 @@ def test_bad_values_are_named() -> None:
 def test_reasons(x: torch.Tensor, spec: QuantSpec, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         quantize(x, spec, impl="triton")
+
+
+@pytest.mark.parametrize("half", [(0.4,), (0.2, 1.7), (0.1, 0.5, 0.6, 3.0)])
+def test_own_symmetric_codebooks(half: tuple[float, ...]) -> None:
+    centroids = (*(-c for c in reversed(half)), *half)
+    bits = len(centroids).bit_length() - 1
+    spec = QuantSpec(64, bits, codebook=codebook_text(centroids), scale_rule="mse")
+    x = gaussian(70, 64, seed=bits)
+    packed, scales = quantize(torch.from_numpy(x), spec, impl="triton")
+    assert_same_bits(packed, scales, encode(x, spec))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
