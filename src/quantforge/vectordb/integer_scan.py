@@ -33,10 +33,6 @@ def best(
     allowed: torch.Tensor | None,
 ) -> Found:
     """Return the k best scores (q, k), falling, and their rows, as `scan.best`."""
-    if probes is None and allowed is None and shelf.bounds is not None and not shelf.coded:
-        search = shelf.bounds.search(shelf.rows)
-        if search is not None:
-            return search(queries.turned, queries.base[:, 0], k, shelf.there)
     if probes is None and shelf.coded:
         probes = torch.arange(shelf.lists.count).expand(len(queries.base), -1)
     probes = None if probes is None else probes.cpu()
@@ -44,17 +40,14 @@ def best(
     if allowed is not None and GATHERED_SHARE * len(allowed) < len(shelf.rows):
         return _gathered(shelf, queries, k, probes, allowed)
     bitmap = shelf.there if allowed is None else _bitmap_of(allowed, len(shelf.rows)).to(device)
-    coded, bounds = shelf.rows.coded(slice(None)), None
-    if shelf.bounds is not None and device.type == "cpu":
-        bounds = shelf.bounds.of(shelf.rows)
     if probes is None:
-        return _search(shelf, queries, queries.base[:, 0], coded, k, None, bounds, bitmap)
+        return _in_place(shelf, queries, queries.base[:, 0], k, None, bitmap)
     first = shelf.lists.sorted_rows
     who, lists, labels, starts = _visits(probes)
     ranges = torch.stack([shelf.lists.starts[labels], shelf.lists.starts[labels + 1]], 1)
     visits = Visits(ranges, starts, who.to(device))
     base = queries.base[who, lists if shelf.coded else 0]
-    found = _search(shelf, queries, base, coded, k, visits, bounds, bitmap)
+    found = _in_place(shelf, queries, base, k, visits, bitmap)
     if first == len(shelf.rows):
         return found
     tail = torch.arange(first, len(shelf.rows))
@@ -65,6 +58,25 @@ def best(
     other = _gathered(shelf, queries, k, probes, tail)
     keys = torch.cat([_keys(found), _keys(other)], 1)
     return results_of(keys.topk(k, dim=1).values, None)
+
+
+def _in_place(
+    shelf: Shelf,
+    queries: Queries,
+    base: torch.Tensor,
+    k: int,
+    visits: Visits | None,
+    bitmap: torch.Tensor | None,
+) -> Found:
+    """Search rows where they are, by a call that is ready where there is one."""
+    ready = None if shelf.bounds is None else shelf.bounds.search(shelf.rows)
+    if ready is not None:
+        return ready(queries.turned, base, k, bitmap, visits)
+    coded = shelf.rows.coded(slice(None))
+    bounds = None
+    if shelf.bounds is not None and base.device.type == "cpu":
+        bounds = shelf.bounds.of(shelf.rows)
+    return _search(shelf, queries, base, coded, k, visits, bounds, bitmap)
 
 
 def _gathered(

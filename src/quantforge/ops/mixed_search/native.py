@@ -9,7 +9,7 @@ import torch
 
 from quantforge.native.integers import IntegerGroup, SearchCall, integer_group, table_bytes
 from quantforge.ops.mixed_search.eager import output_like
-from quantforge.ops.mixed_search.parts import Bounds
+from quantforge.ops.mixed_search.parts import Bounds, Visits
 from quantforge.ops.native_call import cannot_run, loaded, unit_stride
 from quantforge.spec import QuantSpec
 
@@ -72,7 +72,7 @@ def mixed_search(
 class PreparedSearch:
     """A search of all rows of codes, checked once: a query costs one call and no operator.
 
-    Finds what `mixed_search` finds without visits.
+    Finds what `mixed_search` finds.
 
     Args:
         packed: per group (n, row_bytes) uint8. Whoever asks keeps all tensors alive and in place.
@@ -109,21 +109,29 @@ class PreparedSearch:
         base: torch.Tensor,
         k: int,
         filter_bitmap: torch.Tensor | None = None,
+        visits: Visits | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the k best scores (q, k), falling, and their rows; -inf and -1 for none.
 
         Args:
             query: (q, dim) float32, on the CPU.
-            base: (q,) float32: added to the scores of each query.
+            base: float32, added to the scores of each query (q,), or in each visit.
             k: at least 1.
             filter_bitmap: (ceil(n / 8),) uint8 of the rows that may be found; None for all.
+            visits: which rows each query looks at, on the CPU; None for all.
         """
-        visits = (ctypes.c_int64 * 2)(0, len(query))
-        bitmap = None if filter_bitmap is None else filter_bitmap.data_ptr()
-        return self._codes.search(
-            query.contiguous(), base.contiguous(), k,
-            visits=ctypes.addressof(visits), bitmap=bitmap,
-        )  # fmt: skip
+        given: dict[str, int | None] = {}
+        if filter_bitmap is not None:
+            given["bitmap"] = filter_bitmap.data_ptr()
+        if visits is None:
+            every = (ctypes.c_int64 * 2)(0, len(query))
+            given["visits"] = ctypes.addressof(every)
+            return self._codes.search(query.contiguous(), base.contiguous(), k, **given)
+        parts = [t.contiguous() for t in (visits.ranges, visits.starts, visits.queries)]
+        for name, t in zip(("range", "visits", "visitors"), parts, strict=True):
+            given[name] = t.data_ptr()
+        given["ranges"] = len(visits.ranges)
+        return self._codes.search(query.contiguous(), base.contiguous(), k, **given)
 
 
 @dataclass(frozen=True, eq=False)
