@@ -6,7 +6,7 @@ With --shards a folder of index files can be searched too, over several processe
 serves, the others hold shards. Start them by torchrun, or with RANK, WORLD_SIZE, MASTER_ADDR and
 MASTER_PORT set.
 
-  torchrun --no-python --nproc-per-node 4 quantforge serve --shards shards
+  torchrun --nproc-per-node 4 -m quantforge.cli serve --shards shards
 
 An address that others can reach needs a token, from --token-file or the variable
 QUANTFORGE_TOKEN.

@@ -249,7 +249,7 @@ class ShardedIndex:
             key = f"reply/{rank}/{self._request}"
             left = max(deadline - time.monotonic(), 0.001)
             if not self._wait(key, left):
-                missing[rank] = f"no answer in {timeout:g} s"
+                missing[rank] = f"no answer in {timeout:.3g} s"
                 continue
             arrays, note = _decode(self._store.get(key))
             if "error" in note:
