@@ -27,7 +27,11 @@ def test_the_recall_is_the_one_asked_for(noise: float, recall: float) -> None:
         found = scores.topk(m, dim=1)
         return found.values, found.indices
 
-    rows = choose(best, lambda rows: errors.gather(1, rows), N, K, recall)
+    def exact_of(rows: torch.Tensor) -> torch.Tensor:
+        return truth.gather(1, rows.clamp_min(0)).masked_fill(rows < 0, -torch.inf)
+
+    exact, rows = choose(best, lambda rows: errors.gather(1, rows), exact_of, N, K, recall)
+    assert torch.equal(exact, exact_of(rows))
     wanted = truth.topk(K, dim=1).indices
     reached = (rows.unsqueeze(2) == wanted.unsqueeze(1)).any(1).float().mean()
     assert reached > recall - 0.01
@@ -56,8 +60,11 @@ def test_clear_cases_need_k_candidates() -> None:
 def test_rows_that_are_not_there_have_no_chance() -> None:
     scores = torch.tensor([[2.0, 1.0, -torch.inf, -torch.inf]])
     rows = torch.tensor([[5, 3, -1, -1]])
-    found = choose(
-        lambda m: (scores[:, :m], rows[:, :m]), lambda r: torch.ones(r.shape), 4, 3, 0.99
+    _, found = choose(
+        lambda m: (scores[:, :m], rows[:, :m]),
+        lambda r: torch.ones(r.shape),
+        lambda r: scores[:, : r.shape[1]].masked_fill(r < 0, -torch.inf),
+        *(4, 3, 0.99),
     )
     assert found[0, :2].tolist() == [5, 3]
     assert (found[0, 2:] == -1).all()

@@ -44,8 +44,10 @@ def test_candidates_are_as_many_as_the_recall_needs(originals: str, metric: str)
         return X[ids]
 
     index.search(Q[:1], K, rerank="auto", recall=0.8, fetch=fetch)
+    few = sum(asked)
+    asked.clear()
     index.search(Q[:1], K, rerank="auto", recall=0.999, fetch=fetch)
-    assert K <= asked[0] < asked[1] < 200
+    assert K <= few < sum(asked) < 200
     some, some_scores = index.search(Q, K, rerank="auto", ids=found[0])
     assert sorted(some[0]) == sorted(found[0])
     np.testing.assert_allclose(np.sort(some_scores[0]), np.sort(scores[0]), rtol=1e-3)
@@ -174,3 +176,31 @@ def test_drift_is_reported_warned_of_and_kept(
         index.add(X * torch.nan)
     assert index.drift() == report
     assert not QuantizedIndex(DIM).drift().found
+
+
+def families(n: int, seed: int) -> torch.Tensor:
+    """Return unit vectors of 300 families, which are alike in quiet directions too."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(300, DIM, generator=torch.Generator().manual_seed(5))
+    which = torch.randint(300, (n,), generator=generator)
+    x = centres[which] + 0.7 * torch.randn(n, DIM, generator=generator)
+    return torch.nn.functional.normalize(torch.arange(1, DIM + 1) ** -0.8 * x, dim=1)
+
+
+def test_auto_reaches_its_recall_at_one_bit() -> None:
+    """Near rows share what an adapted code leaves out: standard errors of any row are too small."""
+    x, query = families(3000, 1), families(100, 2)
+    index = QuantizedIndex(DIM, IndexConfig(bits=1, nlist=0))
+    index.add(x)
+    exact = (query @ x.T).topk(K, dim=1).indices
+    asked: list[int] = []
+
+    def fetch(ids: np.ndarray) -> torch.Tensor:
+        asked.append(len(ids))
+        return x[ids]
+
+    found = [
+        index.search(one[None], K, rerank="auto", recall=0.99, fetch=fetch)[0][0] for one in query
+    ]
+    assert recall(torch.from_numpy(np.array(found)), exact) >= 0.99
+    assert sum(asked) < 0.04 * len(query) * len(x)

@@ -33,7 +33,7 @@ from quantforge.vectordb.kmeans import ROWS_PER_LIST
 from quantforge.vectordb.lists import Lists, Partition
 from quantforge.vectordb.originals import Kind, OriginalsFile, pack, unpack
 from quantforge.vectordb.removed import MAX_SHARE, Removed
-from quantforge.vectordb.rerank import rerank_by
+from quantforge.vectordb.rerank import best_of, exact_scores
 from quantforge.vectordb.rows import Parts, Rows
 from quantforge.vectordb.table import Table
 from quantforge.vectordb.two_stage import Plan
@@ -326,8 +326,17 @@ class Core:
         fetch: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the k best (q, k) of candidates (q, m), by vectors kept or fetched by rows."""
+        return best_of(self.exact_scores(query, rows, fetch), rows, k)
+
+    def exact_scores(
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        fetch: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return scores (q, m) of rows by vectors kept or fetched, -inf where a row is -1."""
         vectors_of = self.originals if fetch is None else fetch
-        return rerank_by(vectors_of, query.cpu(), rows, k, squared=self.config.metric == "l2")
+        return exact_scores(vectors_of, query.cpu(), rows, squared=self.config.metric == "l2")
 
     def standard_errors(self, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Return the expected errors (q, m) of the scores of rows."""

@@ -15,7 +15,7 @@ from quantforge.vectordb import candidates, scan, two_stage
 from quantforge.vectordb.checks import nprobe_of
 from quantforge.vectordb.codec import Queries
 from quantforge.vectordb.core import Core
-from quantforge.vectordb.rerank import Fetch
+from quantforge.vectordb.rerank import Fetch, best_of
 
 if TYPE_CHECKING:
     from quantforge.vectordb.index import QuantizedIndex
@@ -65,11 +65,13 @@ def search(
         def errors_of(rows: torch.Tensor) -> torch.Tensor:
             return errors_of_rows(core, query, rows)
 
-        rows = candidates.choose(best, errors_of, n, k, share)
-    else:
-        scores, rows = best(k if rerank is None else min(rerank, len(index)))
-    if rerank is not None:
+        exact_of = partial(core.exact_scores, query, fetch=fetching(index, fetch))
+        scores, rows = best_of(*candidates.choose(best, errors_of, exact_of, n, k, share), k)
+    elif rerank is not None:
+        rows = best(min(rerank, len(index)))[1]
         scores, rows = core.rerank(query, rows, k, fetching(index, fetch))
+    else:
+        scores, rows = best(k)
     return core.catalog.ids.names(rows), (-scores if core.codec.squared else scores).numpy()
 
 
