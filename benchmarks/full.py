@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ class Sizes:
     prompt: int = 512
     decode: int = 64
     texts: int = 4
-    keys: int = 32768
+    keys: int = 8192
     search_vectors: Path | None = None
 
 
@@ -300,7 +301,8 @@ def write_report(sizes: Sizes, device: str, folder: Path) -> Path:
             paragraphs += part(sizes, device, folder)
         except CannotRunError as reason:
             paragraphs.append(f"Not measured: {reason}.")
-        paragraphs.append(f"Measured in {time.perf_counter() - start:.0f} s.")
+        seconds, load = time.perf_counter() - start, os.getloadavg()[0]
+        paragraphs.append(f"Measured in {seconds:.0f} s, load average {load:.1f}.")
     path = folder / "report.md"
     text = "\n\n".join(paragraph.strip("\n") for paragraph in paragraphs) + "\n"
     path.write_text(text.replace("benchmarks/results/", ""), "utf-8")
