@@ -301,13 +301,18 @@ def main() -> None:
     cases = range(args.start, args.start + args.cases)
     files = _run_files(args.only, args.seed, cases, args.seconds)
     result = {"environment": environment("cpu"), "seed": args.seed, "files": files}
+    _report(result, args.output)
     if args.http:
         result["http"] = run_server(args.http, args.seed)
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="")
-    if args.output is not None:
-        args.output.write_text(text)
+        _report(result, args.output)
     sys.exit(1 if files["failures"] else 0)
+
+
+def _report(result: dict[str, Any], output: Path | None) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    print(text, end="", flush=True)
+    if output is not None:
+        output.write_text(text)
 
 
 def _run_files(only: str, seed: int, cases: range, seconds: float) -> dict[str, Any]:
