@@ -107,6 +107,7 @@ class RowBounds:
                 coded.offsets,
                 unit=self._codec.unit,
                 bounds=bounds,
+                held=None if plan is None else bounds,  # another thread may replace what is ready
             )
             ready = self._ready.searches[key] = search, None if plan is None else bounds
         return ready[0]

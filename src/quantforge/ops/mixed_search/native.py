@@ -81,6 +81,7 @@ class PreparedSearch:
         offsets: (n,) float16.
         unit: of offsets.
         bounds: lets the kernel skip rows; changes no result.
+        held: is kept alive as long as this.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class PreparedSearch:
         *,
         unit: float,
         bounds: Bounds | None,
+        held: object = None,
     ) -> None:
+        self._held = held
         self._codes = _Codes.of(packed, specs, scales, offsets, unit, bounds)
         self._range = (ctypes.c_int64 * 2)(0, len(offsets))
         self._codes.call.range = ctypes.addressof(self._range)
