@@ -5,7 +5,7 @@ intake    vectors on their way into it
 config    what a user chooses
 checks    input, refused before anything changes
 core      what an index is once its data are known
-rows      what is held of each vector
+rows      what is held of each vector; removed: what is so no longer; mapped: room behind a file
 catalog   ids and metadata of rows: ids and texts, table, and where, filters over it
 originals vectors kept beside codes, in memory or in a file
 lists     which rows belong together; kmeans: where lists are

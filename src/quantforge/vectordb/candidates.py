@@ -83,7 +83,7 @@ def enough(chance: torch.Tensor, k: int, recall: float) -> torch.Tensor:
 def enough_behind(
     scores: torch.Tensor, errors: torch.Tensor, exact: torch.Tensor, k: int, recall: float
 ) -> torch.Tensor:
-    """Return how many candidates (q,) lose no more than they may.
+    """Return how many candidates (q,) lose no more of the true k best than they may.
 
     Args:
         scores: (q, m) falling, -inf where there is no row.

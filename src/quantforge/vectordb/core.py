@@ -149,7 +149,7 @@ class Core:
         """Bring rows into the order of lists, once many are not."""
         if self.lists.is_order_due:
             self.compact()
-            self._arrange(self.lists.order())
+            self._arrange(self.lists.order(self.device))
             self.lists.merge()
 
     def replace(self, index: torch.Tensor, parts: Parts) -> None:

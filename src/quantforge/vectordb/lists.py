@@ -135,10 +135,10 @@ class Lists:
         rows = self.sorted_rows + len(self.tail)
         return len(self.tail) > max(min(MIN_TAIL, self.sorted_rows), MAX_TAIL_SHARE * rows)
 
-    def order(self) -> torch.Tensor:
-        """Return the order of rows that merges the tail."""
+    def order(self, device: torch.device) -> torch.Tensor:
+        """Return the order of rows that merges the tail, sorted on a device."""
         rows = self.sorted_rows + len(self.tail)
-        return self.of_rows(torch.arange(rows)).argsort(stable=True)
+        return self.of_rows(torch.arange(rows)).to(device).argsort(stable=True).cpu()
 
     def merge(self) -> None:
         """Take the tail in: rows lie as `order` said now."""

@@ -10,7 +10,7 @@ import torch
 from quantforge.errors import InputError
 from quantforge.numerics.vectors import Moments
 
-SAMPLE_BYTES = 1 << 28
+SAMPLE_BYTES, GPU_SAMPLE_BYTES = 1 << 28, 1 << 31
 CHUNK_ROWS = 1 << 16
 """Vectors that are float64 at once."""
 
@@ -33,13 +33,15 @@ class Passing:
 
     Args:
         dim: their length.
-        rows: vectors of a uniform sample to keep; by default as many as fit SAMPLE_BYTES.
+        rows: vectors of a uniform sample to keep; by default as many as fit SAMPLE_BYTES, or
+            GPU_SAMPLE_BYTES where they come on a GPU.
         seed: of the sample, which does not depend on how the vectors are cut into batches.
     """
 
     def __init__(self, dim: int, rows: int | None = None, seed: int = 0) -> None:
         self._dim = dim
         self._limit = max(1, SAMPLE_BYTES // (4 * dim)) if rows is None else rows
+        self._gpu_limit = max(1, GPU_SAMPLE_BYTES // (4 * dim)) if rows is None else rows
         self._draw = np.random.RandomState(seed)
         self._kept: list[torch.Tensor] = []
         self._tickets = np.empty(0)
@@ -84,6 +86,8 @@ class Passing:
 
     def _keep(self, batch: torch.Tensor) -> None:
         """Keep the vectors with the smallest of uniform random numbers."""
+        if batch.device.type == "cuda":
+            self._limit = self._gpu_limit
         self._kept.append(batch.to(torch.float32, copy=True))
         self._tickets = np.concatenate([self._tickets, self._draw.random_sample(len(batch))])
         if len(self._tickets) > 2 * self._limit:
