@@ -162,3 +162,17 @@ def array_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array)
     return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("offset", "value"), [(6, 255), (9, 8)])
+def test_a_directory_of_a_later_version_or_with_a_bad_name(
+    tmp_path: Path, offset: int, value: int
+) -> None:
+    written(tmp_path / "x.npz")
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + offset] = value
+    data[entry + 46] = 0xFF  # first letter of the name
+    (tmp_path / "x.npz").write_bytes(data)
+    with pytest.raises(FormatError, match=r"not a readable \.npz file"):
+        load_npz(tmp_path / "x.npz")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ LOCAL_HEADER_BYTES = 30
 MEMBER_SUFFIX = ".npy"
 BAD_HEADER = (ValueError, TypeError, OverflowError, SyntaxError, TokenError)
 """What numpy raises where a header is no Python literal, or of an impossible shape."""
+
+BAD_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError)
+"""What zipfile raises for a directory that is damaged, of a later version, or misnamed."""
 
 
 class Header(NamedTuple):
@@ -117,7 +121,7 @@ def open_archive(path: str | PathLike[str]) -> zipfile.ZipFile:
     """
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except BAD_ARCHIVE as error:
         raise FormatError(f"{path} is not a readable .npz file: {error}") from error
 
 
@@ -126,7 +130,7 @@ def reading(where: str) -> Iterator[None]:
     """Raise `FormatError` for what zipfile raises where a member is damaged."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (*BAD_ARCHIVE, zlib.error, lzma.LZMAError, EOFError) as error:
         raise FormatError(f"{where} is damaged: {error}") from error
 
 
