@@ -55,6 +55,23 @@ def kv_fidelity(name: str, folder: Path = RESULTS) -> str:
     return markdown(head, rows) + "\n" + what + _caption(name, folder) + "\n"
 
 
+def held_bits(name: str, folder: Path = RESULTS) -> str:
+    """Return KL, top-1 and the bits that each version of a model makes a cache hold."""
+    found = load(name, folder)["rows"]
+    versions = list(dict.fromkeys(row["model"] for row in found))
+    rows = []
+    for cache in dict.fromkeys(row["cache"] for row in found):
+        of_cache = (row for row in found if row["cache"] == cache)
+        cells = [
+            f"{row['kl_mean']:.4f} / {row['top1']:.3f} / {row['bits_per_number']:.2f}"
+            for row in of_cache
+        ]
+        rows.append([cache, *cells])
+    head = ["KL (nats) / top-1 / bits per number held", *versions]
+    what = f"Decode of {found[0]['decode']} tokens after {found[0]['prompt']}, windows counted. "
+    return markdown(head, rows) + "\n" + what + _caption(name, folder) + "\n"
+
+
 def eager_scores(name: str) -> str:
     """Return the speed of packed scores against dense matmul."""
     rows = [row for row in load(name)["rows"] if row["op"] == "scores"]
@@ -120,6 +137,7 @@ def _optimizer(table: Callable[[str, str], str], name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
     "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
+    "outlier_bits": lambda: held_bits("kv_fidelity_tiny-code-llama_outlier_bits"),
     "eager_scores": lambda: eager_scores("eager_ops_cpu"),
     "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
     "eager_attention": lambda: eager_attention("eager_ops_cpu"),
@@ -157,7 +175,7 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Rewrite the tables of the README and of the documents that have some."""
     docs = README.parent / "docs"
-    for path in (README, docs / "benchmarks.md", docs / "optimizer.md"):
+    for path in (README, docs / "benchmarks.md", docs / "optimizer.md", docs / "fidelity.md"):
         path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
         print(path)
 

@@ -41,7 +41,9 @@ def test_plot_is_drawn_from_the_rows(tmp_path: Path) -> None:
 
 
 def test_tables_say_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op_tables, "result_files", lambda op: sorted(tmp_path.glob(f"{op}_*")))
+    monkeypatch.setattr(
+        op_tables, "result_files", lambda op, folder: sorted(tmp_path.glob(f"{op}_*"))
+    )
     assert op_tables.op_table("decode_attention").startswith("Not measured yet")
     rows = sweep_rows()[:2]
     skipped = {"case": "large", "skipped": "needs 99 GiB", "environment": rows[0]["environment"]}

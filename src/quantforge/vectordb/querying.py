@@ -127,8 +127,8 @@ def _in_two_stages(
         for i in range(len(first)):
             full = partial(_full, core.shelf, part[i : i + 1])
             sigma = deviation[i] * coded.scales[:, 0].float()
-            own, found = two_stage.survivors(first[i], sigma, plan.z, k, full)
-            keys = keys_of(found + part.base[i], own).topk(k).values
+            survivors, found = two_stage.survivors(first[i], sigma, plan.z, k, full)
+            keys = keys_of(found + part.base[i], survivors).topk(k).values
             scores[start + i], rows[start + i] = results_of(keys, None)
     return scores, rows
 

@@ -219,8 +219,8 @@ def plan(
         behind = (border - first.gather(1, best.indices)) / sigma.gather(1, best.indices)
         z = float(torch.quantile(behind.nan_to_num(0.0).flatten(), recall, interpolation="higher"))
         passing = first + z * sigma >= border
-        whole = codec.row_bytes
-        share = stage.nbytes / whole + float(passing.float().mean())
+        row_bytes = codec.row_bytes
+        share = stage.nbytes / row_bytes + float(passing.float().mean())
         plans.append(Plan(stage, z, recall, share))
     return min(plans, key=lambda plan: plan.share)
 
