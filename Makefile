@@ -49,7 +49,7 @@ test-databases: $(READY)
 	$(BIN)/python recipes/export_vectors.py --small --output out
 	$(PYTHON) -m venv .venv-databases
 	.venv-databases/bin/pip install --quiet lancedb qdrant-client pymilvus milvus-lite pytest pyarrow numpy
-	.venv-databases/bin/python -m pytest -c /dev/null -p no:cacheprovider tests/recipes/databases.py
+	.venv-databases/bin/python -m pytest -c /dev/null --noconftest -p no:cacheprovider tests/recipes/databases.py
 
 docs: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[docs]'
