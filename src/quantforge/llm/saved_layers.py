@@ -122,9 +122,19 @@ def fill_store(name: str, store: Store, dense: torch.Tensor, tensors: Tensors) -
             _check_rows(part, tier, dense, heads, rows)
             _fill_rows(tier, rows)
     store.n_packed = store.n_rows
-    if f"{name}.mean" in tensors and f"{name}.rms" in tensors:
-        store.moments = (tensors[f"{name}.mean"], tensors[f"{name}.rms"])
-    store.query_rms = tensors.get(f"{name}.query_rms")
+    mean, rms, store.query_rms = (
+        _of_channels(tensors, f"{name}.{part}", dense) for part in ("mean", "rms", "query_rms")
+    )
+    if mean is not None and rms is not None:
+        store.moments = mean, rms
+
+
+def _of_channels(tensors: Tensors, name: str, dense: torch.Tensor) -> torch.Tensor | None:
+    """Return a statistic of the channels of dense rows, or None."""
+    found, shape = tensors.get(name), (*dense.shape[:2], 1, dense.shape[3])
+    if found is not None and tuple(found.shape) != shape:
+        raise FormatError(f"{name} must be of shape {shape}, got {tuple(found.shape)}")
+    return found
 
 
 def _fill_rows(store: Store, rows: Any) -> None:
@@ -257,12 +267,13 @@ def fill_queries(layer: QuantForgeLayer, tensors: Tensors) -> None:
     queries = layer._queries
     if "queries.recent" in tensors:
         queries.recent = [tensors["queries.recent"]]
-    if "queries.squares" in tensors:
+    squares = _of_channels(tensors, "queries.squares", tensors["keys.dense"])
+    if squares is not None:
         numbers = tensors.get("queries.rows_scale", torch.empty(0))
         if numbers.shape != (2,):
             raise FormatError("queries.rows_scale must hold two numbers")
         rows, scale = numbers.tolist()
-        queries.squares = tensors["queries.squares"]
+        queries.squares = squares
         queries.rows = tensors.get("queries.rows", int(rows))
         queries.scale = None if scale != scale else scale
     queries.padding = tensors.get("queries.padding")
@@ -274,7 +285,11 @@ def pair_of(tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         if name not in tensors:
             raise FormatError(f"the array {name!r} is missing from the file")
     keys, values = tensors["keys.dense"], tensors["values.dense"]
-    alike = keys.ndim == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
+    alike = (
+        keys.ndim == values.ndim == 4
+        and keys.shape[:3] == values.shape[:3]
+        and keys.dtype == values.dtype
+    )
     if not alike or not keys.is_floating_point() or isinstance(keys, QuantTensor):
         raise FormatError(
             "keys.dense and values.dense must be (batch, heads, tokens, dim), alike but for dim; "

@@ -230,7 +230,12 @@ class Table:
             FormatError: if a column is not of its type or does not have n rows.
         """
         columns = {}
-        for i, (name, kind) in enumerate(settings):
+        for i, entry in enumerate(settings):
+            name, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+            if not isinstance(name, str) or not isinstance(kind, str) or kind not in DTYPES:
+                raise FormatError(
+                    f"column {i} must be a name and one of {', '.join(DTYPES)}; got {entry!r:.80}"
+                )
             rows, words = tensors[f"column{i}"], None
             if rows.dtype != DTYPES[kind] or rows.shape != (n,):
                 raise FormatError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from quantforge.errors import FormatError
 from quantforge.vectordb.rows import Growing
 
 CHUNK_ROWS = 1 << 16
@@ -56,7 +57,12 @@ class Texts:
         """Return the strings of rows (m,)."""
         starts, stops = self._spans(rows)
         data = self.data.numpy()
-        return [data[i:j].tobytes().decode() for i, j in zip(starts, stops, strict=True)]
+        try:
+            return [data[i:j].tobytes().decode() for i, j in zip(starts, stops, strict=True)]
+        except UnicodeDecodeError as error:  # a large file is not read when it is opened
+            raise FormatError(
+                f"a stored string is not UTF-8: {error}; the file is damaged"
+            ) from error
 
     def keep(self, index: torch.Tensor) -> None:
         """Keep these rows alone, in this order."""
