@@ -68,7 +68,7 @@ def held_bits(name: str, folder: Path = RESULTS) -> str:
         ]
         rows.append([cache, *cells])
     head = ["KL (nats) / top-1 / bits per number held", *versions]
-    what = f"Decode of {found[0]['decode']} tokens after {found[0]['prompt']}, windows counted, in float32. "
+    what = f"Decode of {found[0]['decode']} tokens after {found[0]['prompt']}, windows in float32. "
     return markdown(head, rows) + "\n" + what + _caption(name, folder) + "\n"
 
 

@@ -59,16 +59,14 @@ def rank_of(args: argparse.Namespace, model: str) -> list[dict]:
     """Run as one rank of the group that the environment describes; return what each rank saw."""
     logging.disable_progress_bar()
     world = int(os.environ["WORLD_SIZE"])
-    where = {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=world)}
-    if world == 1:
-        where = {"device_map": args.device}
+    plan = DistributedConfig(tp_plan="auto", tp_size=world)
+    where = {"device_map": args.device} if world == 1 else {"distributed_config": plan}
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **where).eval()
     if args.device == "cuda":  # kernels are compiled when they are first needed
         decode(loaded, args.prompt, args.new, args.bits)
-    mine = decode(loaded, args.prompt, args.new, args.bits)
     seen: list = [None] * world
-    distributed.all_gather_object(seen, mine)
+    distributed.all_gather_object(seen, decode(loaded, args.prompt, args.new, args.bits))
     return seen
 
 

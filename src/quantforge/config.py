@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal, get_args
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from quantforge import settings
 from quantforge.errors import ConfigError
@@ -22,6 +20,9 @@ from quantforge.spec import (
     codebook_text,
     hadamard_base,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, get_args
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from quantforge.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:  # the command line reads settings without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 Rotation = Literal["hadamard", "qr", "none"]
 CodebookName = Literal["lloyd_max", "gaussian", "e4m3"]
@@ -73,6 +74,8 @@ def codebook_text(codebook: str | Sequence[float] | NDArray) -> str:
     """
     if isinstance(codebook, str):
         return codebook
+    import numpy as np
+
     try:
         centroids = np.asarray(codebook, np.float32)
     except (TypeError, ValueError, OverflowError) as error:
@@ -86,6 +89,8 @@ def own_centroids(codebook: str) -> NDArray[np.float32] | None:
     """Return the centroids that a codebook's text lists, None for a name."""
     if not codebook.startswith(CENTROIDS):
         return None
+    import numpy as np
+
     return np.array(codebook.removeprefix(CENTROIDS).split(","), np.float32)
 
 
@@ -106,13 +111,14 @@ def _check_codebook(codebook: object, bits: int) -> str:
     except ValueError as error:
         raise ConfigError(f"the centroids of a codebook are numbers: {error}") from error
     assert centroids is not None
-    largest = float(np.abs(centroids).max())
+    largest = float(abs(centroids).max())
     if not _LARGEST[0] <= largest <= _LARGEST[1]:  # nor NaN
         raise ConfigError(
             f"the largest centroid must be from {_LARGEST[0]} to {_LARGEST[1]:.0f} in size; got "
             f"{largest}; their unit is that of coordinates with mean square 1"
         )
-    if not np.diff(centroids.astype(np.float64)).min() >= _LEAST_GAP * largest:
+    exact = centroids.astype("float64")
+    if not (exact[1:] - exact[:-1]).min() >= _LEAST_GAP * largest:
         raise ConfigError(
             "centroids must ascend, each by 2^-14 of the largest at least; sort them, and list "
             "none twice"

@@ -160,15 +160,14 @@ def test_ids_are_found_after_many_changes() -> None:
 
 def own_bytes(part: torch.Tensor) -> int:
     """Return the bytes of a tensor that are this process's own, not those of a file."""
-    start, total = part.data_ptr(), 0
-    inside = False
+    start, total, inside = part.data_ptr(), 0, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         words = line.split()
         if "-" in words[0] and not words[0].endswith(":"):
             begin, end = (int(word, 16) for word in words[0].split("-"))
-            inside = begin < start + part.nbytes and start < end
-        elif inside and words[0] == "Anonymous:":
-            total += 1024 * int(words[1])
+            inside = max(min(end, start + part.nbytes) - max(begin, start), 0)
+        elif words[0] == "Anonymous:":  # of a mapping that may go on beyond the tensor
+            total += min(1024 * int(words[1]), inside)
     return total
 
 
