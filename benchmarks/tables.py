@@ -137,6 +137,7 @@ def _optimizer(table: Callable[[str, str], str], name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
     "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
+    "kv_fidelity_6k": lambda: kv_fidelity("kv_fidelity_tiny-code-llama_6k"),
     "outlier_bits": lambda: held_bits("kv_fidelity_tiny-code-llama_outlier_bits"),
     "eager_scores": lambda: eager_scores("eager_ops_cpu"),
     "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
