@@ -39,6 +39,7 @@ def add_from(index: QuantizedIndex, source: Any, ids: Any) -> int:
         index._core = before
         if before is not None:
             index.remove_ids(np.concatenate([index.ids[:0], *added]))
+            index.compact()
             before.catalog.ids.next_id = last
         raise
     return done
