@@ -250,3 +250,16 @@ def test_a_missing_package_or_file_is_named(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'quantforge\[cli\]'"):
         open_vectors(tmp_path / "x.parquet")
+
+
+def test_a_page_that_says_it_is_2_gib_takes_no_memory(tmp_path: Path) -> None:
+    WRITERS["fixed.parquet"](tmp_path / "x.parquet")
+    good = (tmp_path / "x.parquet").read_bytes()
+    # of the last dictionary: kind 2, bytes, bytes in the file, which is the size that is read first
+    at = good.rindex(b"\x15\x04\x15\x80\x5a\x15") + 6
+    (tmp_path / "x.parquet").write_bytes(good[:at] + b"\xfe\xff\xff\xff\x0f" + good[at + 2 :])
+    pool = pa.default_memory_pool()
+    array = open_vectors(tmp_path / "x.parquet")
+    with pytest.raises(FormatError, match=r"x\.parquet cannot be read: .*Page was smaller"):
+        array[299:]
+    assert pool.max_memory() < 2**30

@@ -26,14 +26,12 @@ def parquet_entries(path: Path) -> dict[str, Entry]:
         UnsupportedError: if pyarrow is not installed.
     """
     _pyarrow(path)
-    from pyarrow import parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     def batches(columns: list[str] | None, rows: int) -> Iterator[Any]:
-        # pages are read as they are needed, not whole column chunks
-        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        with _parquet_file(path) as file:
             yield from file.iter_batches(batch_size=rows, columns=columns, use_threads=False)
 
-    with _readable(path), parquet.ParquetFile(path) as file:
+    with _readable(path), _parquet_file(path) as file:
         return _entries(path, file.schema_arrow, file.metadata.num_rows, batches)
 
 
@@ -64,12 +62,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         UnsupportedError: if pyarrow is not installed.
     """
     pyarrow = _pyarrow(path)
-    from pyarrow import parquet
-
     with _readable(path):
         if path.suffix.lower() == ".parquet":
-            names = _flat(parquet.read_schema(path))
-            table = parquet.read_table(path, columns=names, partitioning=None)
+            with _parquet_file(path) as file:
+                table = file.read(columns=_flat(file.schema_arrow), use_threads=False)
         else:
             with pyarrow.memory_map(str(path)) as source:
                 table = _reader(source).read_all()
@@ -80,7 +76,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _flat(schema: Any) -> list[str]:
-    from pyarrow import types
+    from pyarrow import types  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     return [field.name for field in schema if not types.is_nested(field.type)]
 
@@ -93,6 +89,13 @@ def _pyarrow(path: Path) -> Any:
             f"reading {path} needs pyarrow: pip install 'quantforge[cli]'"
         ) from error
     return pyarrow
+
+
+def _parquet_file(path: Path) -> Any:
+    from pyarrow import parquet
+
+    # mapped: a stream gets as much memory as a page says it has, before it is found to end
+    return parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
 
 
 def _reader(source: Any) -> Any:
@@ -119,7 +122,9 @@ def _readable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's own; Arrow raises others for damage
         raise FormatError(f"{path} cannot be read: {error}") from error
 
 
