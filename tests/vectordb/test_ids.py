@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantforge.errors import FormatError, InputError
+from quantforge.vectordb import id_order
 from quantforge.vectordb import ids as ids_module
 from quantforge.vectordb.ids import Ids
 from quantforge.vectordb.rows import Growing
@@ -109,6 +110,44 @@ def test_a_file_is_searched_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded.rows_of([wanted]).tolist() == [5]
     with pytest.raises(FormatError, match="id_order has 999 rows, ids has 1000"):
         Ids.load(ids.held, ids.settings(), ids.tensors() | {"id_order": torch.zeros(999)})
+
+
+def swapped(order: torch.Tensor) -> torch.Tensor:
+    return order[[*range(500), 501, 500, *range(502, 1000)]]
+
+
+DAMAGED_ORDERS = {
+    "swapped": (swapped, r"ids in the order of id_order must rise; got 501 before 500"),
+    "twice": (lambda o: torch.cat([o[:1], o[:-1]]), "must rise; got 0 before 0"),
+    "beyond": (lambda o: torch.cat([o[:-1], o.new_full((1,), 1000)]), r"0 to 999; got \d+ to 1000"),
+    "negative": (lambda o: torch.cat([o.new_full((1,), -1), o[1:]]), r"0 to 999; got -1 to \d+"),
+    "none": (lambda o: None, "ids without id_order must rise"),
+}
+
+
+@pytest.mark.parametrize("chunk", [8, 501, 4096])
+@pytest.mark.parametrize("name", DAMAGED_ORDERS)
+def test_a_damaged_order_is_refused_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
+) -> None:
+    monkeypatch.setattr(id_order, "CHUNK_ROWS", chunk)
+    damage, message = DAMAGED_ORDERS[name]
+    ids = Held()
+    add(ids, [int(i) for i in np.random.RandomState(2).permutation(1000)])
+    order = damage(ids.tensors()["id_order"])
+    tensors = {} if order is None else {"id_order": order}
+    uses = (
+        lambda found: found.rows_of([7]),
+        lambda found: found.check_new([1000], 1),
+        lambda found: found.tensors(),
+        lambda found: found.keep(torch.arange(10)),
+    )
+    found = Ids.load(ids.held, ids.settings(), tensors)
+    for use in (*uses, *uses):  # refused again, too
+        with pytest.raises(FormatError, match=message):
+            use(found)
+    with pytest.raises(FormatError, match=r"id_order must be int32 or int64; got torch.float32"):
+        Ids.load(ids.held, ids.settings(), {"id_order": torch.zeros(1000)})
 
 
 def test_absent_rows_have_no_name() -> None:

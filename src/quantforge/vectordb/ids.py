@@ -7,6 +7,9 @@ An id is found by bisection of the keys in each run. If it has been removed and 
 last row counts. Runs are made when an id is first looked for,
 and merged so that each is more than twice as long as the next: there are few, however small the
 batches that are added. A string is compared in full with the one that has its key.
+
+The order that a file says is checked when an id is first looked for, not when the file is opened:
+that reads all keys.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 
 from quantforge.errors import FormatError, InputError
 from quantforge.vectordb.checks import ids_of
+from quantforge.vectordb.id_order import check_order
 from quantforge.vectordb.removed import Removed
 from quantforge.vectordb.rows import Growing
 from quantforge.vectordb.texts import Texts
@@ -100,6 +104,7 @@ class Ids:
         self.removed = Removed()
         known = len(self) > 0 and (rising or order is not None)
         self._runs: tuple[Run, ...] = (Run(0, len(self), order),) if known else ()
+        self._unchecked = known
 
     def __len__(self) -> int:
         return len(self._keys.rows)
@@ -199,7 +204,7 @@ class Ids:
     def keep(self, index: torch.Tensor) -> None:
         """Follow the keys, of which these rows alone were kept; none of them is removed."""
         rising = bool((index[1:] > index[:-1]).all())
-        moved = [_moved(run, index) for run in self._runs] if rising else []
+        moved = [_moved(run, index) for run in self._known()] if rising else []
         self._runs = tuple(run for run in moved if run.stop > run.start)
         if self._texts is not None:
             self._texts.keep(index)
@@ -226,7 +231,8 @@ class Ids:
         """Return ids as `tensors` and `settings` gave them; nothing is read but what is asked for.
 
         Raises:
-            FormatError: if parts do not fit each other.
+            FormatError: if parts do not fit each other. Later, by whatever asks for an id or saves,
+                if `id_order` is not the order of the keys.
         """
         order, texts = tensors.get("id_order"), None
         if settings["kind"] == "string":
@@ -234,6 +240,8 @@ class Ids:
         for name, part in (("id_order", order), ("id_ends", None if texts is None else texts.ends)):
             if part is not None and part.shape != keys.rows.shape:
                 raise FormatError(f"{name} has {len(part)} rows, ids has {len(keys.rows)}")
+            if part is not None and part.dtype not in (torch.int32, torch.int64):
+                raise FormatError(f"{name} must be int32 or int64; got {part.dtype}")
         return cls(keys, texts, order, rising=order is None, next_id=settings["next"])
 
     # ---- inside -----------------------------------------------------------------------------
@@ -267,7 +275,7 @@ class Ids:
 
     def _indexed(self) -> tuple[Run, ...]:
         """Return runs of all rows; what is new becomes a run, and joins those not much longer."""
-        runs = list(self._runs)
+        runs = list(self._known())
         start = runs[-1].stop if runs else 0
         if start == len(self):
             return self._runs
@@ -275,6 +283,12 @@ class Ids:
         while runs and runs[-1].stop - runs[-1].start <= 2 * (stop - start):
             start = runs.pop().start
         self._runs = (*runs, self._sorted(start, stop))  # at once: other threads may search
+        return self._runs
+
+    def _known(self) -> tuple[Run, ...]:
+        if self._unchecked:
+            check_order(self._keys.rows[: self._runs[0].stop], self._runs[0].order)
+            self._unchecked = False
         return self._runs
 
     def _whole(self) -> Run:
