@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from quantforge import InputError, QuantTensor, UnsupportedError
+from quantforge.ops._library import Impl
+from quantforge.ops.attention.api import Packed, attention
 from tests.helpers import Store, assert_close, make_store, spec_of
 from tests.test_tensor_views import (
     MODES,
@@ -234,6 +236,17 @@ def test_autocast(name: str, device: torch.device) -> None:
     exact = COMPUTE[name](torch.from_numpy(store.exact), partial(normal, torch.float64, "cpu"))
     naive = COMPUTE[name](store.naive.bfloat16(), partial(normal, torch.bfloat16, "cpu"))
     assert_close(out, [naive], exact.numpy())
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager"])
+def test_autocast_stays_outside_of_operators(impl: Impl, device: torch.device) -> None:
+    t = tensor_of(store_of("shared", B, H, N, device=device))
+    q = normal(torch.float32, device, B, H, 5, D)
+    rows = Packed(t.packed, t.scales, t.spec, t.shift, t.equalizer)
+    expected = attention(q, rows, rows, impl=impl)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = attention(q, rows, rows, impl=impl)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("name", ["linear", "@", "packed @", "sdpa", "sdpa mask float"])

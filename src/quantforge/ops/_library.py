@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -53,7 +53,7 @@ def register(
     _eager[name] = eager
     for device, backend in FAST_BACKENDS.items():
         run = _preferring(name, backend) if backend in fast else eager
-        _library.impl(name, run, device)
+        _library.impl(name, partial(_without_autocast, run), device)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -68,13 +68,22 @@ def run(name: str, impl: Impl, *args: Any) -> Any:
     if impl == "auto":
         return getattr(getattr(torch.ops, NAMESPACE), name).default(*args)
     if impl == "eager":
-        return _eager[name](*args)
+        return _without_autocast(_eager[name], *args)
     if impl not in get_args(Impl):
         raise ConfigError(f"impl must be one of {', '.join(get_args(Impl))}; got {impl!r}")
     module, reason = _choose(name, impl, args)
     if reason is not None:
         raise UnsupportedError(f'{name} with impl="{impl}": {reason}; use impl="auto"')
-    return getattr(module, name)(*args)
+    return _without_autocast(getattr(module, name), *args)
+
+
+def _without_autocast(function: Callable[..., Any], *args: Any) -> Any:
+    """Call an implementation, whose own products autocast would round to half precision."""
+    device = args[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
 
 
 def _choose(name: str, backend: str, args: tuple) -> tuple[ModuleType | None, str | None]:

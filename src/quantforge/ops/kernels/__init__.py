@@ -14,6 +14,7 @@ Static caches (`window_append`)
     window         write rows; pack the page that leaves the window, and move the rest up
 Products (`scores`, `search`, `combine`)
     decode, query, rows, products, score, select
+    mixed          runs of rows with different bits in groups of channels (`mixed_search`)
 Attention
     byte_lookup    centroids of a tile of bytes that may be transposed and converted afterwards
     attend         query rows through a share of the tokens; the merge of shares

@@ -22,17 +22,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 
 from quantforge.numerics.integers import integer_table, is_wide
 from quantforge.numerics.packing import planes, row_bytes
 from quantforge.ops.constants import cached_constant
-from quantforge.ops.kernels.products import allowed_rows, gather
-from quantforge.ops.kernels.select import (
-    best_of_keys,
-    best_of_scores,
-    key_of,
-)
+from quantforge.ops.kernels.mixed import Group, rescore_runs, scan_runs
+from quantforge.ops.kernels.select import best_of_keys, best_of_scores
 from quantforge.ops.launch import INTERPRET, cannot_run_on
 from quantforge.ops.mixed_search.eager import EXACT_FLOAT32, query_integers, rows_of_keys
 from quantforge.ops.mixed_search.parts import slices
@@ -47,132 +42,6 @@ DIGIT = 64
 MAX_RUN_SCORES = 1 << 28
 """Scores of runs held at once, 1 GiB: more queries that look at all rows are searched in parts."""
 
-Group = tuple[int, int, int, int, int, int, int, int, bool, tuple[tuple[int, int, int, int], ...]]
-"""Row bytes, dim, stride of the base plane, tile, tiles, parts, place of the query's integers,
-their number, whether they are wide, and width, shift, offset and stride of each plane."""
-
-
-@triton.jit
-def _products(
-    packed, rows, live, table, ask, asked,
-    GROUP: tl.constexpr, N: tl.constexpr, QUERIES: tl.constexpr,
-):  # fmt: skip
-    """Return sums of products of rows (N,) with queries, (N, QUERIES) float32, of one group."""
-    columns = tl.arange(0, GROUP[3])
-    row = packed + rows[:, None] * GROUP[0]
-    total = tl.zeros((N, QUERIES), tl.float32)
-    wide = tl.zeros((N, QUERIES), tl.int32)
-    for tile in tl.range(0, GROUP[4]):
-        start = tile * GROUP[3]
-        inside = live[:, None] & (start + columns < GROUP[2])[None, :]
-        base = tl.load(row + start + columns[None, :], mask=inside, other=0).to(tl.int32)
-        for part in tl.static_range(GROUP[5]):
-            channel = (start + columns + part * GROUP[2])[None, :]
-            value = gather(
-                row, base, inside & (channel < GROUP[1]), channel, table, part, GROUP[9],
-                GROUP[9][0][0],
-            )  # fmt: skip
-            place = GROUP[6] + part * GROUP[4] * GROUP[3] + start + columns[:, None]
-            operand = tl.load(ask + place, mask=asked, other=0.0)  # (tile, QUERIES)
-            if GROUP[8]:
-                high = tl.dot(value, operand, out_dtype=tl.float32).to(tl.int32)
-                operand = tl.load(ask + GROUP[7] + place, mask=asked, other=0.0)
-                low = tl.dot(value, operand, out_dtype=tl.float32).to(tl.int32)
-                wide += high * 64 + low
-            else:
-                total = tl.dot(value, operand, total, out_dtype=tl.float32)
-    if GROUP[8]:
-        total = wide.to(tl.float32)
-    return total
-
-
-@triton.jit
-def _scan_runs(
-    packed, tables, scales, offsets, integers, weights, base, bitmap, entries, visitors, places,
-    best, unit, count, n, width, groups,
-    GROUPS: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr, QUERIES: tl.constexpr,
-    BITMAP: tl.constexpr,
-):  # fmt: skip
-    """Write the best score of one run of one entry, for each of its visits."""
-    entry = entries + tl.program_id(0).to(tl.int64) % count * 4
-    run = tl.program_id(0).to(tl.int64) // count
-    first = tl.load(entry) + run * RUN
-    end = tl.load(entry + 1)
-    if first < end:
-        visit = tl.load(entry + 2) + tl.arange(0, QUERIES)
-        there = visit < tl.load(entry + 3)
-        query = tl.load(visitors + visit, mask=there, other=0)
-        ask = integers + query[None, :] * width
-        added = tl.load(base + visit, mask=there, other=0.0)[None, :]
-        found = tl.full((QUERIES,), float("-inf"), tl.float32)
-        for tile in tl.range(0, RUN // N):
-            rows = first + tile * N + tl.arange(0, N)
-            live = rows < end
-            total = tl.zeros((N, QUERIES), tl.float32)
-            for g in tl.static_range(len(GROUPS)):
-                sums = _products(
-                    packed[g], rows, live, tables[g], ask, there[None, :], GROUPS[g], N, QUERIES
-                )
-                weight = tl.load(weights + query * groups + g, mask=there, other=0.0)
-                total += sums * weight[None, :]
-            scale = tl.load(scales + rows, mask=live, other=0.0).to(tl.float32)
-            offset = tl.load(offsets + rows, mask=live, other=0.0).to(tl.float32) * unit
-            score = (total * scale[:, None] + offset[:, None]) + added
-            live = live & allowed_rows(bitmap, rows, n, BITMAP)
-            score = tl.where(live[:, None] & (score == score), score, float("-inf"))
-            found = tl.maximum(found, tl.max(score, 0))
-        place = tl.load(places + visit, mask=there, other=0) + run
-        tl.store(best + place, found, mask=there)
-
-
-@triton.jit
-def _rescore_runs(
-    packed, tables, scales, offsets, integers, weights, added, bitmap, firsts, ends, keys, unit,
-    n, width, groups,
-    GROUPS: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr, BITMAP: tl.constexpr,
-):  # fmt: skip
-    """Write keys of N rows of one selected run of one query."""
-    query = tl.program_id(1).to(tl.int64)
-    place = query * tl.num_programs(0) * N + tl.program_id(0) * N
-    selected = place // RUN
-    rows = tl.load(firsts + selected) + place % RUN + tl.arange(0, N)
-    live = rows < tl.load(ends + selected)
-    total = tl.zeros((N,), tl.float32)
-    for g in tl.static_range(len(GROUPS)):
-        sums = _sums(packed[g], rows, live, tables[g], integers + query * width, GROUPS[g], N)
-        total += sums * tl.load(weights + query * groups + g)
-    scale = tl.load(scales + rows, mask=live, other=0.0).to(tl.float32)
-    offset = tl.load(offsets + rows, mask=live, other=0.0).to(tl.float32) * unit
-    score = (total * scale + offset) + tl.load(added + selected)
-    live = live & allowed_rows(bitmap, rows, n, BITMAP) & (score == score)
-    score = tl.where(live, score, float("-inf"))
-    key = key_of(score, tl.where(live, rows, 4294967295))
-    tl.store(keys + place + tl.arange(0, N), key)
-
-
-@triton.jit
-def _sums(packed, rows, live, table, ask, GROUP: tl.constexpr, N: tl.constexpr):
-    """Return the sums of products of rows (N,) with one query, float32, of one group."""
-    columns = tl.arange(0, GROUP[3])[None, :]
-    row = packed + rows[:, None] * GROUP[0]
-    total = tl.zeros((N, GROUP[3]), tl.int32)
-    for tile in tl.range(0, GROUP[4]):
-        start = tile * GROUP[3]
-        inside = live[:, None] & (start + columns < GROUP[2])
-        base = tl.load(row + start + columns, mask=inside, other=0).to(tl.int32)
-        for part in tl.static_range(GROUP[5]):
-            channel = start + columns + part * GROUP[2]
-            value = gather(
-                row, base, inside & (channel < GROUP[1]), channel, table, part, GROUP[9],
-                GROUP[9][0][0],
-            )  # fmt: skip
-            place = GROUP[6] + part * GROUP[4] * GROUP[3] + start + columns
-            z = tl.load(ask + place).to(tl.int32)
-            if GROUP[8]:
-                z = z * 64 + tl.load(ask + GROUP[7] + place).to(tl.int32)
-            total += value.to(tl.int32) * z
-    return tl.sum(total, 1).to(tl.float32)
-
 
 @lru_cache
 def _layout(specs: tuple[QuantSpec, ...]) -> tuple[tuple[Group, ...], int]:
@@ -185,10 +54,10 @@ def _layout(specs: tuple[QuantSpec, ...]) -> tuple[tuple[Group, ...], int]:
         tiles = -(-base.stride // tile)
         size = base.fields * tiles * tile
         fields = tuple((p.width, p.shift, p.offset, p.stride) for p in parts)
+        row = row_bytes(spec.dim, spec.bits)
         groups.append(
-            (row_bytes(spec.dim, spec.bits), spec.dim, base.stride, tile, tiles, base.fields,
-             start, size, wide, fields)
-        )  # fmt: skip
+            Group(row, spec.dim, base.stride, tile, tiles, base.fields, start, size, wide, fields)
+        )
         start += size * (2 if wide else 1)
     return tuple(groups), start
 
@@ -196,10 +65,10 @@ def _layout(specs: tuple[QuantSpec, ...]) -> tuple[tuple[Group, ...], int]:
 @cached_constant
 def _order(spec: QuantSpec, device: torch.device) -> torch.Tensor:
     """Return the channel at each place of a group of integers, dim where there is none."""
-    (_, dim, stride, tile, tiles, parts, *_), *_ = _layout((spec,))[0]
-    j = np.arange(tiles * tile)
-    channel = np.arange(parts)[:, None] * stride + j
-    channel = np.where((j < stride) & (channel < dim), channel, dim)
+    group = _layout((spec,))[0][0]
+    j = np.arange(group.tiles * group.tile)
+    channel = np.arange(group.parts)[:, None] * group.stride + j
+    channel = np.where((j < group.stride) & (channel < group.dim), channel, group.dim)
     return torch.from_numpy(channel.flatten()).to(device)
 
 
@@ -355,7 +224,7 @@ def mixed_search(
     options = {"GROUPS": groups, "N": ROWS, "RUN": run, "BITMAP": filter_bitmap is not None}
     rows = (tuple(packed), tables, scales, offsets, integers, weights)
     best = torch.full((q, work.slots), -torch.inf, device=device)
-    _scan_runs[(len(work.entries) * work.runs,)](
+    scan_runs[(len(work.entries) * work.runs,)](
         *rows, base, bitmap, work.entries, work.visitors, work.places, best, unit,
         len(work.entries), len(scales), length, len(parsed),
         QUERIES=width, num_warps=4, enable_fp_fusion=False, **options,
@@ -363,7 +232,7 @@ def mixed_search(
     keep = triton.next_power_of_2(k)
     firsts, ends, added = _selected(best_of_scores(best, keep), work, base, run)
     keys = torch.empty((q, keep * run), dtype=torch.int64, device=device)
-    _rescore_runs[(keep * run // ROWS, q)](
+    rescore_runs[(keep * run // ROWS, q)](
         *rows, added, bitmap, firsts, ends, keys, unit, len(scales), length, len(parsed),
         num_warps=4, enable_fp_fusion=False, **options,
     )  # fmt: skip
