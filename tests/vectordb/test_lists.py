@@ -69,7 +69,9 @@ def test_some_lists_find_what_is_in_them(maker: str, metric: str) -> None:
     ids, scores = index.search(Q, 10, nprobe=3)
     query = index._vectors(Q)
     centroids = core.partition.centroids
-    routes = query @ centroids.T if metric != "l2" else -torch.cdist(query, centroids)
+    routes = -torch.cdist(query, centroids)
+    if metric != "l2":
+        routes = query @ centroids.T + 0.3 * query.norm(dim=1)[:, None] * core.partition.spreads
     for i in range(12):
         near = set(routes[i].topk(3).indices.tolist())
         rows = index._rows_of(everything[i])
@@ -103,6 +105,34 @@ def test_both_ways_through_the_codes_lead_to_the_same_rows(
             found, expected = scan.best_by_tiles(*arguments), scan.best(*arguments)
             assert torch.equal(found[1], expected[1])
             assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_wide_lists_are_looked_into_before_their_centroids_would_say(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = torch.rand(60, generator=generator) + 0.2
+    centres = 2 * torch.randn(60, DIM, generator=generator)
+    which = torch.randint(60, (4040,), generator=generator)
+    noise = torch.randn(4040, DIM, generator=generator)
+    points = scale * torch.nn.functional.normalize(centres[which] + 5 * width[which, None] * noise)
+    x, query = points[:4000], points[4000:]
+    core = built(x)._known
+    lists, partition = core.lists, core.partition
+    labels = partition.nearest(x)
+    mean_square = (x - partition.centroids[labels]).square().sum(-1)
+    own = torch.stack([mean_square[labels == i].mean() for i in range(LISTS)]).sqrt()
+    torch.testing.assert_close(partition.spreads, own, rtol=0.1, atol=0)  # a sample's
+    truth = labels[(query @ x.T).topk(10).indices]
+
+    def found(routes: torch.Tensor) -> tuple[float, float]:
+        near = routes.topk(4).indices
+        share = (truth[:, :, None] == near[:, None]).any(2).float().mean()
+        return float(share), float(lists.sizes[near].sum(1).float().mean())
+
+    share, rows = found(learning.list_routes("ip", query, partition))
+    plain, plain_rows = found(learning.routes("ip", query, partition.centroids))
+    assert share > plain + 0.02
+    assert share / rows > 0.98 * plain / plain_rows
 
 
 def test_residuals_to_centroids_are_coded_better() -> None:

@@ -14,7 +14,6 @@ main memory.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -100,9 +99,8 @@ class Core:
         """Move the codes and what is multiplied with vectors."""
         self.codec.to(device)
         self.rows.to(device)
-        coded = self.partition.coded
-        centroids = self.codec.centres if coded else self.partition.centroids.to(device)
-        self.partition = dataclasses.replace(self.partition, centroids=centroids)
+        own = self.codec.centres if self.partition.coded else None
+        self.partition = self.partition.to(device, own)
         self.bounds = RowBounds(self.codec)
         self.plans.clear()
 
@@ -299,7 +297,7 @@ class Core:
         probes = None
         few = allowed is not None and len(allowed) * len(self.partition) <= nprobe * len(self.rows)
         if nprobe < len(self.partition) and not few:
-            routes = learning.routes(self.config.metric, query, self.partition.centroids)
+            routes = learning.list_routes(self.config.metric, query, self.partition)
             counts = self.lists.sizes - self._removed_of_list
             if allowed is not None:
                 labels = self.lists.of_rows(allowed)

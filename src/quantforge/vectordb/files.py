@@ -50,8 +50,8 @@ def save(
         if core.file is not None:
             header["originals"] = _name_from(Path(path), core.file.path)
         lists = {"starts": core.lists.starts, "tail": core.lists.tail}
-        lists |= {"centroids": core.partition.centroids, "curve": core.partition.curve}
-        tensors |= {f"lists.{name}": lists[name] for name in LISTS}
+        lists |= {name: getattr(core.partition, name) for name in ("centroids", "spreads", "curve")}
+        tensors |= {f"lists.{name}": part for name, part in lists.items()}
         tensors |= core.catalog.tensors() | core.monitor.tensors()
         header["catalog"] = core.catalog.settings()
     metadata = {"index": json.dumps(header)}
@@ -126,8 +126,11 @@ def _core_of(
     partition, lists = Partition.single(dim), None
     if header["format"] > 1:
         found = {name: file[f"lists.{name}"] for name in LISTS}
-        centroids, curve = found["centroids"], found["curve"]
-        partition = Partition(centroids, header["coded"], curve, header["nprobe"])
+        centroids = found["centroids"]
+        spreads = torch.zeros(len(centroids))  # older files do not say
+        if "lists.spreads" in file:
+            spreads = file["lists.spreads"]
+        partition = Partition(centroids, spreads, header["coded"], found["curve"], header["nprobe"])
         with _damage(path):
             check_partition(partition, dim)
         lists = Lists(len(centroids), found["starts"], found["tail"])

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from quantforge.errors import InputError
 from quantforge.numerics import vectors
 from quantforge.numerics.vectors import Mode, Moments, VectorCode
-from quantforge.vectordb.codec import Codec
+from quantforge.vectordb.codec import CHUNK_ROWS, Codec
 from quantforge.vectordb.config import IndexConfig, Metric
-from quantforge.vectordb.kmeans import learn_centroids
+from quantforge.vectordb.kmeans import learn_centroids, nearest
 from quantforge.vectordb.lists import Partition
 from quantforge.vectordb.moments import Passing, measure
 
@@ -22,6 +22,8 @@ ERROR_ROWS = 2048
 """Vectors on which errors are measured."""
 CURVE_QUERIES, CURVE_NEIGHBOURS = 256, 10
 DEFAULT_RECALL = 0.95
+SPREAD = 0.3
+"""Spreads by which the best vectors of a list are above its centroid, seen from a query."""
 
 
 def learn(
@@ -73,21 +75,43 @@ def learn_partition(
     count = min(CURVE_QUERIES, (len(sample) - nlist) // 2)  # which the centroids must not know
     queries, others = sample[order[:count]], sample[order[count:]]
     centroids = learn_centroids(others, nlist, config.seed)
-    partition = Partition(centroids, coded, torch.empty(0), nlist)
+    labels = nearest(others, centroids)
+    spreads = _spreads(others, centroids, labels)
+    partition = Partition(centroids, spreads, coded, torch.empty(0), nlist)
     exact = routes(config.metric, queries, others)
     rows = exact.topk(min(CURVE_NEIGHBOURS, len(others)), dim=1).indices
-    curve = curve_of(config, partition, queries, partition.nearest(others)[rows])
+    curve = curve_of(config, partition, queries, labels[rows])
     partition = dataclasses.replace(partition, curve=curve)
     nprobe = partition.nprobe_for(DEFAULT_RECALL) if config.nprobe is None else config.nprobe
     return dataclasses.replace(partition, nprobe=min(nprobe, nlist))
 
 
 def routes(metric: Metric, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the exact scores (q, n) of queries with vectors or centroids; greater is nearer."""
+    """Return the exact scores (q, n) of queries with vectors; greater is nearer."""
     found = query @ x.T
     if metric != "l2":
         return found
     return 2 * found - query.square().sum(-1)[:, None] - x.square().sum(-1)
+
+
+def list_routes(metric: Metric, query: torch.Tensor, partition: Partition) -> torch.Tensor:
+    """Return how promising each list (q, lists) is to queries (q, dim); greater is more.
+
+    The best inner product in a list is above that of its centroid, the more so the wider vectors
+    are spread about it: those of unit length are where the centroid is short. Distances know this
+    by themselves.
+    """
+    found = routes(metric, query, partition.centroids)
+    if metric == "l2":
+        return found
+    return found + SPREAD * query.norm(dim=-1, keepdim=True) * partition.spreads
+
+
+def _spreads(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    total = centroids.new_zeros(len(centroids))
+    for part, own in zip(x.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True):
+        total.index_add_(0, own, (part - centroids[own]).square().sum(-1))
+    return (total / torch.bincount(labels, minlength=len(centroids)).clamp_min(1)).sqrt()
 
 
 def curve_of(
@@ -101,7 +125,7 @@ def curve_of(
         query: (q, dim), on the device of the centroids.
         labels: (q, k) the list of each neighbour, -1 for none.
     """
-    order = routes(config.metric, query, partition.centroids).argsort(1, descending=True)
+    order = list_routes(config.metric, query, partition).argsort(1, descending=True)
     labels = labels.to(order.device)
     rank = order.argsort(1).gather(1, labels.clamp_min(0))[labels >= 0]
     seen = torch.bincount(rank.cpu(), minlength=len(partition)).cumsum(0)

@@ -7,7 +7,7 @@ an index that is always scanned in full.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,9 @@ class Partition:
     """Where lists are.
 
     Attributes:
-        centroids: (lists, dim) float32, on the device of the codes; all else is on the CPU.
+        centroids: (lists, dim) float32, on the device of the codes.
+        spreads: (lists,) float32, root mean square distance of vectors from their centroid, there
+            too; zeros where it is unknown. All else is on the CPU.
         coded: codes are of the difference to the centroid; otherwise it shows the way only.
         curve: (lists,) float32, expected recall of a search in the 1, 2, ... nearest lists; empty
             where it is unknown.
@@ -32,6 +34,7 @@ class Partition:
     """
 
     centroids: torch.Tensor
+    spreads: torch.Tensor
     coded: bool
     curve: torch.Tensor
     nprobe: int
@@ -39,7 +42,8 @@ class Partition:
     @classmethod
     def single(cls, dim: int) -> Partition:
         """Return one list for everything."""
-        return cls(torch.zeros(1, dim), coded=False, curve=torch.ones(1), nprobe=1)
+        one = torch.ones(1)
+        return cls(torch.zeros(1, dim), torch.zeros(1), coded=False, curve=one, nprobe=1)
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -47,13 +51,18 @@ class Partition:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.centroids.nbytes + self.curve.nbytes
+        return self.centroids.nbytes + self.spreads.nbytes + self.curve.nbytes
 
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
         """Return the list of each vector (n, dim), (n,) int64."""
         if len(self) == 1:
             return torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return nearest(x, self.centroids)
+
+    def to(self, device: torch.device, centroids: torch.Tensor | None = None) -> Partition:
+        """Return the same on a device, where its centroids may be already."""
+        centroids = self.centroids.to(device) if centroids is None else centroids
+        return replace(self, centroids=centroids, spreads=self.spreads.to(device))
 
     def nprobe_for(self, recall: float) -> int:
         """Return the least number of lists that reaches a recall by the curve."""

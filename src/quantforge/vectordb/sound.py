@@ -43,6 +43,9 @@ def check_partition(partition: Partition, dim: int) -> None:
     """Check where lists are; `FormatError` names what does not fit."""
     shape, count = tuple(partition.centroids.shape), len(partition.centroids)
     _check("lists.centroids", partition.centroids, torch.float32, (max(count, 1), dim))
+    _check("lists.spreads", partition.spreads, torch.float32, (count,))
+    if not bool(partition.spreads.isfinite().all()):
+        raise FormatError("lists.spreads must be finite")
     if partition.curve.ndim != 1 or partition.curve.dtype != torch.float32:
         raise FormatError(f"lists.curve must be float32 (lists,); got {partition.curve.dtype}")
     if type(partition.coded) is not bool or type(partition.nprobe) is not int:
