@@ -1,7 +1,8 @@
 """Damaged files for every reader, and bodies for the server: refused by name, or read.
 
     python -m tests.fuzz --cases 1000000 --http 100000 --output benchmarks/results/fuzz.json
-    python -m tests.fuzz --seed 0 --start 4711 --cases 1       one case once more
+    python -m tests.fuzz --cases 1000000 --output FILE --resume       goes on where FILE ends
+    python -m tests.fuzz --seed 0 --start 4711 --cases 1              one case once more
 
 Case i of a seed is always the same. A case fails with an exception that is neither a
 QuantForgeError nor an OSError, when it takes longer than MAX_SECONDS, and when the peak of memory
@@ -16,20 +17,16 @@ import faulthandler
 import json
 import os
 import random
-import resource
-import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,11 +42,13 @@ from quantforge import (
     save_file,
 )
 from quantforge.inputs import open_vectors
+from quantforge.inputs.arrow import read_rows
 from quantforge.io.npz import load_npz
 from quantforge.llm import QuantForgeCache
 from quantforge.vectordb import IndexConfig, IndexStore, QuantizedIndex
 from tests.helpers import gaussian
 from tests.inputs.test_inputs import WRITERS, X, records
+from tests.limits import limited_address_space, limited_time
 from tests.mutations import mutated, mutated_json, mutated_safetensors
 from tests.server.fuzz import MAX_GROWTH, MAX_SECONDS, MiB, peak_bytes, run_server
 
@@ -58,6 +57,9 @@ ADDRESS_SPACE = 8 * 1024 * MiB
 
 GOLDEN = Path(__file__).parent / "golden"
 DIM = 8
+ROWS = 40
+PART = 10_000
+"""Cases after which what became of them is written down."""
 
 
 class Reader(NamedTuple):
@@ -86,7 +88,8 @@ def _tensors(path: Path) -> None:
 
 def _index(path: Path) -> None:
     index = QuantizedIndex.load(path)
-    index.search(gaussian(2, index.dim), 3)
+    found, _ = index.search(gaussian(2, index.dim), 3)
+    index.remove_ids(found[0, :1])
 
 
 def _store(folder: Path) -> None:
@@ -116,12 +119,15 @@ def readers() -> dict[str, Reader]:
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
+        x = X[:ROWS]
         for name, write in WRITERS.items():
-            write(folder / name)
-        QuantPipeline(16).compress_file(X, folder / "ours.npz")
-        records(folder / "x.bvecs", X.astype(np.uint8), "u1")
+            write(folder / name, x)
+        QuantPipeline(16).compress_file(x, folder / "ours.npz")
+        records(folder / "x.bvecs", x.astype(np.uint8), "u1")
         for path in sorted(folder.iterdir()):
             add(f"vectors {path.name}", path, _vectors)
+        for name in ("fixed.parquet", "file.arrow", "stream.arrow"):
+            add(f"rows {name}", folder / name, read_rows)
         sections = {"vectors": QuantForgeConfig().to_dict(), "index": IndexConfig().to_dict(),
                     "cache": {"bits": [4, 3], "layers": {"0": {"bits": 8}}}}  # fmt: skip
         settings = folder / "settings.json"
@@ -175,37 +181,6 @@ def damaged(rng: random.Random, name: str, body: bytes) -> bytes:
     return mutated(rng, body)
 
 
-# ---- guards --------------------------------------------------------------------------------
-
-
-@contextmanager
-def limited_address_space(extra: int) -> Iterator[None]:
-    """Let this process map so many bytes more than it has mapped; then MemoryError."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@contextmanager
-def limited_time(seconds: float) -> Iterator[None]:
-    """Raise `AssertionError` in Python code that takes longer."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise AssertionError(f"longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 # ---- running -------------------------------------------------------------------------------
 
 
@@ -217,7 +192,7 @@ class Outcome:
         cases: how many there were.
         read: cases by reader that were read in spite of all.
         refused: likewise refused.
-        failures: by the line that failed: how many, and the first case.
+        failures: by the line that failed: reader and error of the first case, and the cases.
     """
 
     cases: int = 0
@@ -225,15 +200,25 @@ class Outcome:
     refused: Counter[str] = field(default_factory=Counter)
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def add_to(self, files: dict[str, Any]) -> None:
+        """Count these cases in what is written of those before them."""
+        files["cases"] += self.cases
+        for name in files["read"]:
+            files["read"][name] += self.read[name]
+            files["refused"][name] += self.refused[name]
+        for key, entry in self.failures.items():
+            known = files["failures"].setdefault(key, {**entry, "cases": []})
+            known["cases"] += entry["cases"]
+
     def fail(self, case: int, name: str, error: BaseException) -> None:
         """Count a failure."""
         frames = traceback.extract_tb(error.__traceback__)[-1:]
         where = [f" {Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         key = type(error).__name__ + "".join(where)
         entry = self.failures.setdefault(
-            key, {"count": 0, "case": case, "reader": name, "error": str(error)[:300]}
+            key, {"reader": name, "error": str(error)[:300], "cases": []}
         )
-        entry["count"] += 1
+        entry["cases"].append(case)
 
 
 def run(
@@ -291,31 +276,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100_000, help="of files")
     parser.add_argument("--start", type=int, default=0, help="number of the first")
+    parser.add_argument("--resume", action="store_true", help="count on from --output, up to cases")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="for files at most")
     parser.add_argument("--http", type=int, default=0, help="bodies sent to a server as well")
     parser.add_argument("--only", default="", help="readers whose name begins so")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--output", type=Path, help="JSON, written after each part")
     args = parser.parse_args()
     faulthandler.enable()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"environment": environment("cpu"), "seed": args.seed}
+    if args.resume:
+        result = resumed(args.output, args.seed)
     cases = range(args.start, args.start + args.cases)
-    files = _run_files(args.only, args.seed, cases, args.seconds)
-    result = {"environment": environment("cpu"), "seed": args.seed, "files": files}
-    _report(result, args.output)
+    run_files(result, args.only, cases, args.seconds, args.output)
     if args.http:
         result["http"] = run_server(args.http, args.seed)
-        _report(result, args.output)
-    sys.exit(1 if files["failures"] else 0)
+    write(result, args.output)
+    print(json.dumps(result, indent=1))
+    sys.exit(1 if result["files"]["failures"] else 0)
 
 
-def _report(result: dict[str, Any], output: Path | None) -> None:
-    text = json.dumps(result, indent=1) + "\n"
-    print(text, end="", flush=True)
+def resumed(output: Path, seed: int) -> dict[str, Any]:
+    """Return what a run has written, to go on with; `SystemExit` for one of another seed."""
+    found: dict[str, Any] = json.loads(output.read_text())
+    if found["seed"] != seed:
+        raise SystemExit(f"{output} is of seed {found['seed']}; go on with --seed {found['seed']}")
+    here = environment("cpu")
+    commits = dict.fromkeys([*found["environment"]["commit"].split(", "), here["commit"]])
+    return found | {"environment": here | {"commit": ", ".join(commits)}}
+
+
+def write(result: dict[str, Any], output: Path | None) -> None:
+    """Write a result whole, so that an end at any moment leaves the last one."""
     if output is not None:
-        output.write_text(text)
+        part = output.with_name(f".{output.name}")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(output)
 
 
-def _run_files(only: str, seed: int, cases: range, seconds: float) -> dict[str, Any]:
+def run_files(
+    result: dict[str, Any], only: str, cases: range, seconds: float, output: Path | None
+) -> None:
+    """Run the cases that `result["files"]` has not had yet; it is written after each part.
+
+    What failed before is run again: failures that are none any more become `mended`.
+    """
+    until = time.monotonic() + seconds
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as text:
         folder = Path(text) / "case"
@@ -329,21 +336,32 @@ def _run_files(only: str, seed: int, cases: range, seconds: float) -> dict[str, 
                 faulthandler.dump_traceback_later(3 * MAX_SECONDS, exit=True)
 
         kinds = {name: kind for name, kind in readers().items() if name.startswith(only)}
-        start, before = time.perf_counter(), peak_bytes()
         with limited_address_space(ADDRESS_SPACE):
-            until = time.monotonic() + seconds
-            in_time = takewhile(lambda _: time.monotonic() < until, cases)
-            outcome = run(kinds, seed, in_time, folder, started)
+            files = result.setdefault("files", _nothing(kinds, cases.start))
+            if files["first"] != cases.start or files["read"].keys() != kinds.keys():
+                raise SystemExit(f"{output} begins with another case, or is of other readers")
+            for key, entry in list(files["failures"].items()):
+                if not run(kinds, result["seed"], entry["cases"], folder, started).failures:
+                    files["mended"][key] = files["failures"].pop(key)
+            before = peak_bytes()
+            while files["cases"] < len(cases) and time.monotonic() < until:
+                start = time.perf_counter()
+                part = cases[files["cases"] : files["cases"] + PART]
+                in_time = takewhile(lambda _: time.monotonic() < until, part)
+                found = run(kinds, result["seed"], in_time, folder, started)
+                found.add_to(files)
+                files["seconds"] = round(files["seconds"] + time.perf_counter() - start, 1)
+                grown = round((peak_bytes() - before) / MiB, 1)
+                files["peak_growth_mib"] = max(files["peak_growth_mib"], grown)
+                write(result, output)
         faulthandler.cancel_dump_traceback_later()
         os.close(note)
-    return {
-        "cases": outcome.cases,
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_growth_mib": round((peak_bytes() - before) / MiB, 1),
-        "read": dict(sorted(outcome.read.items())),
-        "refused": dict(sorted(outcome.refused.items())),
-        "failures": outcome.failures,
-    }
+
+
+def _nothing(kinds: dict[str, Reader], first: int) -> dict[str, Any]:
+    none = dict.fromkeys(sorted(kinds), 0)
+    return {"first": first, "cases": 0, "seconds": 0.0, "peak_growth_mib": 0.0, "read": none,
+            "refused": none.copy(), "failures": {}, "mended": {}}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from quantforge import FormatError
 from tests import fuzz
-from tests.fuzz import Reader, limited_address_space, readers, run
+from tests.fuzz import Reader, readers, run, run_files
+from tests.limits import limited_address_space
 
 
 def _reader(read: object) -> dict[str, Reader]:
@@ -47,7 +49,7 @@ def test_other_errors_are_failures(tmp_path: Path) -> None:
     ((where, failure),) = outcome.failures.items()
     assert where.startswith("ValueError test_fuzz.py:")
     assert failure["error"] == "short"
-    assert failure["count"] + outcome.refused.total() + outcome.read.total() == 60
+    assert len(failure["cases"]) + outcome.refused.total() + outcome.read.total() == 60
 
 
 def test_time_and_memory_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +73,39 @@ def test_time_and_memory_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyP
         folder=tmp_path,
     )  # fmt: skip
     assert any("peak grew" in f["error"] for f in outcome.failures.values())
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_mended = False
+
+    def read(folder: Path) -> None:
+        body = (folder / "x").read_bytes()
+        if len(body) < 10 and not is_mended:
+            raise ValueError("short")
+        if body != b"0123456789":
+            raise FormatError("changed")
+
+    def ran(result: dict[str, Any], cases: range, output: Path | None = None) -> dict[str, Any]:
+        run_files(result, "", cases, float("inf"), output)
+        return {name: result["files"][name] for name in ("cases", "read", "refused", "failures")}
+
+    monkeypatch.setattr(fuzz, "readers", lambda: _reader(read))
+    monkeypatch.setattr(fuzz, "PART", 7)
+    output = tmp_path / "fuzz.json"
+    whole = ran({"seed": 4}, range(5, 65))
+    begun = {"seed": 4, "environment": {"commit": "before"}}
+    assert ran(begun, range(5, 25), output)["cases"] == 20
+    resumed = fuzz.resumed(output, 4)
+    assert ran(resumed, range(5, 65), output) == whole
+    assert "before, " in resumed["environment"]["commit"]
+    ((_, failure),) = whole["failures"].items()
+    assert len(failure["cases"]) > 3
+
+    is_mended = True
+    resumed = fuzz.resumed(output, 4)
+    assert ran(resumed, range(5, 65), output) == whole | {"failures": {}}
+    assert resumed["files"]["mended"] == whole["failures"]
+    with pytest.raises(SystemExit, match="go on with --seed 4"):
+        fuzz.resumed(output, 5)
+    with pytest.raises(SystemExit, match="another case"):
+        ran(fuzz.resumed(output, 4), range(6, 65), output)
