@@ -57,9 +57,9 @@ def live(tmp_path: Path) -> Iterator[Live]:
     """Start a server with these settings on a port of its own, in a thread; return its URL."""
     with ExitStack() as stack:
 
-        def start(**options: Any) -> str:
+        def start(sharded: Any = None, **options: Any) -> str:
             settings = Settings(**{"folder": tmp_path / "data", "port": 0, **options})
-            config = uvicorn.Config(create_app(settings), port=0, log_config=None)
+            config = uvicorn.Config(create_app(settings, sharded), port=0, log_config=None)
             server = uvicorn.Server(config)
             thread = threading.Thread(target=server.run)
             thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,9 @@ import torch
 from quantforge import QuantForgeConfig, QuantTensor
 from quantforge.server import Client
 from quantforge.server.client import ServerError
+from quantforge.vectordb.sharded import RankError, ShardedResult
+from quantforge.vectordb.shards import search_exactly
+from tests.distributed.test_sharded import in_threads, save_shards
 from tests.helpers import gaussian
 from tests.server.conftest import Live
 
@@ -50,6 +54,49 @@ def test_collections(client: Client) -> None:
     assert [c["name"] for c in client.collections()] == ["notes"]
     client.delete_collection("notes")
     assert client.collections() == []
+
+
+def test_shards(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = save_shards(tmp_path / "shards", "ip")
+    queries = gaussian(3, whole.dim)
+    expected = search_exactly(whole, queries, 10)
+    with in_threads(tmp_path / "shards", 2) as index, Client(live(index)) as client:
+        info = client.shards()
+        assert (info["vectors"], info["dim"], sorted(info["ranks"])) == (600, whole.dim, ["0", "1"])
+        found = client.search_shards(queries)
+        np.testing.assert_array_equal(found.ids, expected[0])
+        np.testing.assert_array_equal(np.float32(found.scores), expected[1])
+        assert found.missing == {}
+        assert np.shape(client.search_shards(torch.from_numpy(queries), 4).ids) == (3, 4)
+
+        given: dict[str, Any] = {}
+        search = index.search
+
+        def without_rank_1(*args: Any, **options: Any) -> ShardedResult:
+            given.update(options)
+            if options["on_failure"] == "error":
+                raise RankError({1: "no answer in 2 s"})
+            return ShardedResult(search(*args, **options), {1: "no answer in 2 s"})
+
+        monkeypatch.setattr(index, "search", without_rank_1)
+        with pytest.raises(ServerError, match="no answer in 2 s") as caught:
+            client.search_shards(queries, timeout_s=2.0)
+        assert (caught.value.status, caught.value.type) == (503, "ranks")
+        found = client.search_shards(queries, recall=0.9, timeout_s=2.0, on_failure="partial")
+        assert found.missing == {1: "no answer in 2 s"}
+        assert 1.0 < given["timeout"] <= 2.0
+        assert given["recall"] == 0.9
+
+        assert client.rebalance_shards([1])["ranks"] == {
+            "0": [f"{i}.safetensors" for i in range(5)]
+        }
+        assert sorted(client.rebalance_shards(timeout_s=30.0)["ranks"]) == ["0", "1"]
+
+
+def test_a_server_without_shards_says_so(client: Client) -> None:
+    with pytest.raises(ServerError) as caught:
+        client.shards()
+    assert (caught.value.status, caught.value.type) == (404, "not_found")
 
 
 def test_what_is_refused_is_raised(client: Client, live: Live) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -33,6 +33,20 @@ class ServerError(QuantForgeError):
     def __init__(self, status: int, type: str, message: str, remedy: str | None) -> None:
         super().__init__(message if remedy is None else f"{message}; {remedy}")
         self.status, self.type, self.remedy = status, type, remedy
+
+
+class ShardsFound(NamedTuple):
+    """What the shards of a server hold near each query.
+
+    Attributes:
+        ids: by query, best first.
+        scores: likewise.
+        missing: why ranks did not contribute, by rank; empty if the result is whole.
+    """
+
+    ids: list[list[Any]]
+    scores: list[list[float]]
+    missing: dict[int, str]
 
 
 class Client:
@@ -67,7 +81,7 @@ class Client:
         self._http = httpx.Client(
             base_url=url, headers=headers, timeout=timeout_s, transport=transport
         )
-        self._retries = retries
+        self._retries, self._timeout_s = retries, timeout_s
 
     def __enter__(self) -> Client:
         return self
@@ -183,6 +197,47 @@ class Client:
             body["queries"] = np.asarray(queries, np.float64).tolist()
         answer = self._json("POST", f"/v1/collections/{name}/search", json=body)
         return answer["ids"], answer["scores"]
+
+    # ---- shards -----------------------------------------------------------------------------
+
+    def shards(self) -> dict[str, Any]:
+        """Return what the ranks of a server started with `--shards` hold, files by rank."""
+        return self._json("GET", "/v1/shards")
+
+    def search_shards(
+        self, queries: Any, k: int = 10, *, timeout_s: float = 10.0, **options: Any
+    ) -> ShardsFound:
+        """Find the nearest vectors of queries (q, dim) in the shards of all ranks.
+
+        Args:
+            queries: vectors.
+            k: neighbours of each.
+            timeout_s: until ranks that have not answered are missing, at most 60.
+            options: `on_failure` ("error", or "partial" to have what the others find), `where`,
+                `nprobe`, `recall`.
+
+        Raises:
+            ServerError: of type "ranks" if ranks are missing, unless `on_failure` is "partial".
+        """
+        body = {"k": k, "timeout_s": timeout_s, **options}
+        body["queries"] = np.asarray(queries, np.float64).tolist()
+        answer = self._json(
+            "POST", "/v1/shards/search", json=body, timeout=self._timeout_s + 2 * timeout_s
+        )
+        missing = {int(rank): why for rank, why in answer["missing"].items()}
+        return ShardsFound(answer["ids"], answer["scores"], missing)
+
+    def rebalance_shards(self, without: Any = (), *, timeout_s: float = 600.0) -> dict[str, Any]:
+        """Spread the files that are in the folder now over the ranks; return what `shards` does.
+
+        Args:
+            without: ranks that get none, because they are gone.
+            timeout_s: until all ranks have loaded theirs, at most 3600.
+        """
+        body = {"without": np.asarray(without, np.int64).tolist(), "timeout_s": timeout_s}
+        return self._json(
+            "POST", "/v1/shards/rebalance", json=body, timeout=self._timeout_s + 2 * timeout_s
+        )
 
     # ---- inside -----------------------------------------------------------------------------
 
