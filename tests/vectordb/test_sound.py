@@ -64,6 +64,11 @@ def _put(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("mean", _put(0, float("nan")), "mean must be finite"),
         ("bits", _put(0, 9), "bits must fall"),
         ("bits", _put(0, -1), "bits must fall"),
+        ("drift_counts", _put(2, 2**62), "drift_counts must be two counts, at most 64 looks"),
+        ("drift_counts", _put(0, -1), "drift_counts must be"),
+        ("drift_counts", lambda t: t[:3], "drift_counts must be"),
+        ("drift_counts", lambda t: t.double(), "drift_counts must be"),
+        ("drift_learned", lambda t: t[:, :-1], "moments of drift must have shape"),
     ],
 )
 def test_refused(

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 DIRECTIONS = 64
 FIRST_LOOK = 1000
+MAX_LOOKS = 64
 """Vectors added before there is a judgement, and learned from: means of fewer are not normal."""
 RATE = 1e-3
 """Chance that an index whose data do not drift ever says so."""
@@ -201,7 +202,14 @@ class Monitor:
                 f"moments of drift must have shape {tuple(shape)}; got {tuple(learned.shape)} and "
                 f"{tuple(added.shape)}"
             )
-        count, count2, self._looks, warned = tensors["drift_counts"].tolist()
+        counts = tensors["drift_counts"]
+        whole = counts.dtype == torch.int64 and counts.shape == (4,) and int(counts.min()) >= 0
+        if not whole or counts[2] > MAX_LOOKS:
+            raise FormatError(
+                f"drift_counts must be two counts, at most {MAX_LOOKS} looks, and whether it was "
+                f"warned; got {counts.tolist()}"
+            )
+        count, count2, self._looks, warned = counts.tolist()
         self._pivot, self._warned = pivot.clone(), bool(warned)
         self._learned, self._added = Sums(count, learned.clone()), Sums(count2, added.clone())
 

@@ -156,11 +156,13 @@ def _core_of(
     if lists is None:
         lists = Lists.of(torch.zeros(len(parts["ids"]), dtype=torch.int64), 1)
     core = Core(config, codec, partition, parts, lists)
-    core.monitor = Monitor(dim, config.seed, file)
+    with _damage(path):
+        core.monitor = Monitor(dim, config.seed, file)
     if "originals" in header:
         core.file = _originals_of(path, header["originals"], dim, config)
     if "catalog" in header:
-        core.catalog = Catalog.load(core.rows.growing("ids"), header["catalog"], file)
+        with _damage(path):
+            core.catalog = Catalog.load(core.rows.growing("ids"), header["catalog"], file)
     elif len(core.rows):
         core.catalog.ids.next_id = int(core.rows.ids.max()) + 1
     return core
