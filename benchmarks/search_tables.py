@@ -1,4 +1,4 @@
-"""The table and the plot of `benchmarks.vector_search`.
+"""The table and the plot of `benchmarks.vector_search`, and the table of `search_million`.
 
 python -m benchmarks.search_tables        writes docs/vector_search.svg
 """
@@ -12,6 +12,7 @@ from benchmarks.op_tables import DOCS, markdown
 from benchmarks.record import RESULTS, read_rows
 
 SOURCE = RESULTS / "index_peers_cpu.jsonl"
+MILLION = RESULTS / "search_million_cuda.jsonl"
 COMMAND = "python -m benchmarks.vector_search VECTORS.npy"
 FAMILIES = {
     "quantforge adapted": ("#0571b0", "o"),
@@ -54,6 +55,59 @@ def table(source: Path = SOURCE, what: str = WHAT) -> str:
         f"{where['date']}; `benchmarks/results/{source.name}`."
     )
     return markdown(head, body) + f"\n{caption}\n\n![recall against bytes](vector_search.svg)\n"
+
+
+def million(source: Path = MILLION) -> str:
+    """Return what `benchmarks.search_million` has measured: ours first, full scans before lists."""
+    if not source.exists():
+        return (
+            "Not measured yet: `python -m benchmarks.search_million VECTORS.npy --device cuda`.\n"
+        )
+    rows = sorted(read_rows(source), key=_place)
+    body = [
+        [
+            row["case"],
+            f"{row['recall']:.3f}" + _of_all_lists(row),
+            f"{row['code_bytes']:,.0f}",
+            _pair(row, "single_ms", ".2f"),
+            _pair(row, "qps", ",.0f"),
+            f"{row['build_s']:.1f}",
+            f"{row['held'] / 2**20:,.1f}",
+            f"{row['reported'] / row['held'] - 1:+.1%}" if row["reported"] else "",
+        ]
+        for row in rows
+    ]
+    head = ["index", "recall@10 (all lists; looked into)", "bytes a vector", "one query, ms",
+            "queries/s", "build, s", "MiB held", "its report"]  # fmt: skip
+    first, where = rows[0], rows[0]["environment"]
+    text = first["text"] or {}
+    kinds = ", ".join(f"{count:,} {source}" for source, count in text.items())
+    caption = (
+        f"{first['n']:,} x {first['dim']} embeddings by all-MiniLM-L6-v2"
+        + (f" of distinct sentences ({kinds})" if kinds else "")
+        + f", {first['queries']:,} others as queries. On the CPU: one thread, CPU time / all "
+        f"{where['threads']} threads. {where['device']}"
+        + (f", {where['gpu']}" if "gpu" in where else "")
+        + f", torch {where['torch']}"
+        + (f", FAISS {where['faiss-cpu']}" if "faiss-cpu" in where else "")
+        + f", {where['date']}; `benchmarks/results/{source.name}`."
+    )
+    return markdown(head, body) + f"\n{caption}\n"
+
+
+def _place(row: Row) -> tuple[bool, str, bool, float]:
+    return not row["case"].startswith("quantforge"), row["on"], row["nlist"] > 1, row["bits"]
+
+
+def _of_all_lists(row: Row) -> str:
+    if row["nprobe"] is None:
+        return ""
+    return f" ({row['recall_of_all_lists']:.3f}; {row['nprobe']} of {row['nlist']:,})"
+
+
+def _pair(row: Row, name: str, form: str) -> str:
+    values = [row[f"{name}_1_thread"]] if f"{name}_1_thread" in row else []
+    return " / ".join(format(value, form) for value in [*values, row[name]])
 
 
 def draw(rows: list[Row], path: Path, what: str = WHAT) -> None:

@@ -20,6 +20,7 @@ from benchmarks.op_tables import (
 )
 from benchmarks.record import RESULTS, load
 from benchmarks.registry import OPS
+from benchmarks.search_tables import million as search_million
 from benchmarks.search_tables import table as index_peers
 
 README = Path(__file__).parents[1] / "README.md"
@@ -150,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled_step": compiled_step_table,
     "decode_attention_plot": plots,
     "index_peers": index_peers,
+    "search_million": search_million,
     **{
         name: partial(_optimizer, optimizer_tables.caches, name)
         for name in ("optimizer_tiny-lm", "optimizer_tiny-code-llama")
@@ -176,7 +178,13 @@ def with_tables(text: str) -> str:
 def main() -> None:
     """Rewrite the tables of the README and of the documents that have some."""
     docs = README.parent / "docs"
-    for path in (README, docs / "benchmarks.md", docs / "optimizer.md", docs / "fidelity.md"):
+    for path in (
+        README,
+        docs / "benchmarks.md",
+        docs / "optimizer.md",
+        docs / "fidelity.md",
+        docs / "search.md",
+    ):
         path.write_text(with_tables(path.read_text("utf-8")), "utf-8")
         print(path)
 
