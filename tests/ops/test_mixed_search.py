@@ -21,7 +21,7 @@ from tests.helpers import gaussian, threads
 GROUPS = (
     ((4, 96),),
     ((7, 16), (6, 48), (5, 96), (4, 96), (3, 48), (2, 48), (1, 32)),
-    ((8, 16), (3, 80), (2, 16), (1, 16)),
+    ((8, 16), (3, 80), (3, 96), (2, 16), (1, 16)),
     ((5, 13), (3, 7), (1, 100)),
 )
 
@@ -100,7 +100,7 @@ def test_integers_are_near_and_their_sums_fit(dim: int, bits: int) -> None:
 
 @pytest.mark.parametrize("impl", ["eager", "auto"])
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize(("n", "q"), [(1, 1), (7, 2), (70, 3), (1001, 5)])
+@pytest.mark.parametrize(("n", "q"), [(1, 1), (7, 2), (333, 1), (70, 3), (1001, 5)])
 def test_against_oracle(n: int, q: int, groups: tuple, impl: str) -> None:
     case = Case(groups, n, q)
     check(case, 3, impl=impl)

@@ -57,7 +57,7 @@ struct Shape {
     std::vector<SearchField> fields;
     std::vector<int32_t> place;  // of each channel
     std::vector<int32_t> lane;   // narrow: its 16-bit sum
-    int32_t lanes = 0, steps = 0;
+    int32_t lanes = 0, steps = 0, upper = 0;
 
     Shape(int32_t dim, int32_t bits) : layout(dim, bits) {}
 };
@@ -77,16 +77,16 @@ void add_fields(const Layout &l, int64_t steps, std::vector<SearchField> &out) {
                 const int byte = plane.offset + (int)(channel % plane.stride);
                 const int bit = 8 * (byte % 4) + plane.width * (int)(channel / plane.stride);
                 const int to = 8 * b + plane.shift;
-                const int32_t rotation = (bit - to) & 31;
+                const int32_t left = std::max(to - bit, 0), right = std::max(bit - to, 0);
                 const int32_t mask = (int32_t)(((1u << plane.width) - 1) << to);
                 auto same = std::find_if(out.begin() + begin, out.end(), [&](const SearchField &f) {
-                    return f.dword == byte / 4 && f.rotation == rotation;
+                    return f.dword == byte / 4 && f.left == left && f.right == right;
                 });
-                if (same == out.end()) out.push_back({byte / 4, rotation, mask, 0});
+                if (same == out.end()) out.push_back({byte / 4, left, right, mask, 0});
                 else same->mask |= mask;
             }
         }
-        out.push_back({0, 0, 0, 1});
+        out.push_back({0, 0, 0, 0, 1});
     }
 }
 
@@ -97,6 +97,8 @@ Shape *new_shape(int32_t dim, int32_t bits, int32_t span) {
     const int32_t padded = (first.stride + 3) / 4 * 4;
     out->steps = padded / 4 * (8 / first.width);
     if (l.planes > 1) add_fields(l, out->steps, out->fields);
+    if (l.planes == 2 && l.plane[1].offset % 4 == 0 && dim % (32 / l.plane[1].width) == 0)
+        out->upper = l.plane[1].offset / 4;
     for (int32_t c = 0; c < dim; c++) {
         const int32_t place = c / first.stride * padded + c % first.stride;
         out->place.push_back(place);
@@ -120,7 +122,7 @@ const Shape &shape_of(const IntegerGroup &g) {
 SearchGroup view_of(const IntegerGroup &g, const Shape &shape, int64_t word) {
     const Layout &l = shape.layout;
     return {g.rows, g.stride, g.table, shape.fields.data(), g.bits,
-            l.dwords, shape.steps, g.span, word};
+            l.dwords, shape.steps, g.span, shape.upper, word};
 }
 
 float rounded(float x) { return (float)__builtin_lrintf(x); }

@@ -22,6 +22,7 @@ namespace LEVEL {
 
 constexpr int SEARCH_W = 4;  // vectors of rows per tile
 constexpr int SEARCH_TILE = SEARCH_W * LANES;
+constexpr int ONE_W = 2;  // of them at once for one query: what a step costs besides is shared
 constexpr int SEARCH_QUERIES = Vector::MAX_ACCUMULATORS >= 16 ? 4 : 2;
 
 // What is known of a tile of rows besides their codes.
@@ -127,7 +128,8 @@ struct Survivors {
             half[0][i] = a.scales[rows.row[i]];
             half[1][i] = a.offsets[rows.row[i]];
         }
-        const F total = add_codes(a, a.lead, a.count, rows, dwords, query, Vector::load(totals));
+        F total = Vector::load(totals);
+        add_codes<1>(a, a.lead, a.count, &rows, dwords, query, &total);
         const F offsets = Vector::mul(Vector::from_half(half[1]), Vector::set1(a.unit));
         const F scaled = Vector::mul(total, Vector::from_half(half[0]));
         float scores[LANES];
@@ -147,20 +149,27 @@ static INLINE void search_one(const SearchArgs &a, const SearchTask &task, int64
     const int64_t visit = task.visit_begin, query = a.visitors ? a.visitors[visit] : visit;
     const float base = a.base[visit];
     Best best = a.best_of(part, query);
-    for (int w = 0; w * LANES < count; w++) {
-        const int64_t row = first + w * LANES;
-        const F total = add_codes(a, 0, a.lead, SomeRows::from(row, task.end), dwords, query,
-                                  Vector::zero());
-        if (a.lead == a.count) {
-            keep(best, total, t, w, first, base);
-            continue;
+    for (int pair = 0; pair * LANES < count; pair += ONE_W) {
+        SomeRows rows[ONE_W];
+        F totals[ONE_W];
+        for (int i = 0; i < ONE_W; i++) {
+            rows[i] = SomeRows::from(first + (pair + i) * LANES, task.end);
+            totals[i] = Vector::zero();
         }
-        const F least = Vector::set1(least_of(best, t, base));
-        uint32_t bits = may_be_good(total, t, w, Vector::set1(a.query_rests[query]), least);
-        if (bits) {  // a limit of -inf lets pass what may not be found
-            const F offsets = Vector::load(t.offsets + w * LANES);
-            bits &= Vector::bits_of(Vector::greater(offsets, Vector::set1(-__builtin_inff())));
-            survivors.take(a, task, part, dwords, bits, row, total);
+        add_codes<ONE_W>(a, 0, a.lead, rows, dwords, query, totals);
+        for (int i = 0; i < ONE_W; i++) {
+            const int w = pair + i;
+            if (a.lead == a.count) {
+                keep(best, totals[i], t, w, first, base);
+                continue;
+            }
+            const F least = Vector::set1(least_of(best, t, base));
+            uint32_t bits = may_be_good(totals[i], t, w, Vector::set1(a.query_rests[query]), least);
+            if (bits) {  // a limit of -inf lets pass what may not be found
+                const F offsets = Vector::load(t.offsets + w * LANES);
+                bits &= Vector::bits_of(Vector::greater(offsets, Vector::set1(-__builtin_inff())));
+                survivors.take(a, task, part, dwords, bits, first + w * LANES, totals[i]);
+            }
         }
     }
 }
@@ -187,7 +196,7 @@ template <class Body> static INLINE void each_tile(int64_t begin, int64_t end, c
 }
 
 static size_t search_scratch(const SearchArgs *a) {
-    return 4 * (size_t)a->word_count * SEARCH_TILE + 4 * (size_t)(a->dwords + 3) * LANES + 1024
+    return 4 * (size_t)a->word_count * SEARCH_TILE + 4 * (size_t)turned_size(*a) * ONE_W + 1024
          + sizeof(SearchTile);
 }
 
@@ -196,7 +205,7 @@ static void search(const SearchArgs *args, const SearchTask *task, int64_t part,
     Scratch scratch{(uint8_t *)memory};
     uint32_t *values = scratch.take<uint32_t>(a.lead_words * SEARCH_TILE);
     uint32_t *others = scratch.take<uint32_t>((a.word_count - a.lead_words) * SEARCH_TILE);
-    uint32_t *dwords = scratch.take<uint32_t>((int64_t)(a.dwords + 3) * LANES);
+    uint32_t *dwords = scratch.take<uint32_t>(turned_size(a) * ONE_W);
     SearchTile &tile = *scratch.take<SearchTile>(1);
     const bool rest = a.lead < a.count;
     const int64_t rest_size = (a.word_count - a.lead_words) * LANES;

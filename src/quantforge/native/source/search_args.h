@@ -8,9 +8,9 @@
 
 constexpr int NARROW_BITS = 5;  // codes of more bits take 16-bit integers
 
-// A field of a plane but the first, brought to its place: rotate the dword right, and mask.
+// A field of a plane but the first, brought to its place: shift the dword one way, and mask.
 struct SearchField {
-    int32_t dword, rotation;
+    int32_t dword, left, right;
     int32_t mask;
     int32_t last;  // 1: no field, those of one word end here
 };
@@ -21,6 +21,7 @@ struct SearchGroup {
     const uint8_t *table;        // narrow: integers + bias; wide: their low bytes, their high bytes
     const SearchField *fields;
     int32_t bits, dwords, steps, span;
+    int32_t upper;               // dword of the second of two planes whose fields lie alike, or 0
     int64_t word;                // first of the group among a query's words
 };
 

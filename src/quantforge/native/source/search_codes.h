@@ -39,43 +39,103 @@ static INLINE void turn_rows(const SearchGroup &g, const uint8_t *const row[LANE
     }
 }
 
-// Call narrow(m, values) or wide(m, even, odd) for each step of the rows turned to `dwords`.
-template <int BITS, class Narrow, class Wide>
-static INLINE void each_step(const SearchGroup &g, const uint32_t *dwords, const Narrow &narrow,
-                             const Wide &wide) {
+// Dwords of V vectors of rows, those of the second `gap` after those of the first.
+template <int V> struct Turned {
+    const uint32_t *dwords;
+    int64_t gap;
+    INLINE I load(int64_t dword, int v) const {
+        return Vector::iload(dwords + v * gap + dword * LANES);
+    }
+};
+
+// Shift by a number known to the compiler, to the left if it is below 0.
+template <int N> static INLINE I moved(I x) {
+    if constexpr (N < 0) return Vector::shift_left<-N>(x);
+    else return Vector::shift_right<N>(x);
+}
+
+// Call codes(m, f, codes) for each step and vector of rows: bytes, whose plane f of fields is.
+template <int BITS, int V, class Codes>
+static INLINE void each_code(const SearchGroup &g, const Turned<V> &rows, const Codes &codes) {
     constexpr int WIDTH = BITS == 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1;
     constexpr int FIELDS = 8 / WIDTH;
-    const Shuffle<BITS> low(g.table);
-    const Shuffle<BITS> high(g.table + (BITS > NARROW_BITS ? 1 << BITS : 0));
+    constexpr int UPPER = BITS - WIDTH;
     const I mask = Vector::iset1((int32_t)(0x01010101u * ((1u << WIDTH) - 1)));
-    const I pairs = Vector::iset1(0x00FF00FF);
     const int64_t words = g.steps / FIELDS;
+    if constexpr (UPPER == 1 || UPPER == 2) {
+        if (g.upper) {
+            constexpr int UPPER_FIELDS = 8 / UPPER;
+            const I above = Vector::iset1((int32_t)(0x01010101u * (((1u << UPPER) - 1) << WIDTH)));
+            const int64_t upper_words = g.steps / UPPER_FIELDS;
+            unrolled<0, UPPER_FIELDS>([&](auto field) __attribute__((always_inline)) {
+                constexpr int B = decltype(field)::value, F = B * FIELDS / UPPER_FIELDS;
+                int64_t m = B * upper_words;
+                for (int64_t j = 0; j < upper_words; j++, m++) {
+                    I code[V];
+                    unrolled<0, V>([&](auto v) __attribute__((always_inline)) {
+                        constexpr int AT = decltype(v)::value;
+                        const I word = rows.load(m - F * words, AT);
+                        const I low = Vector::bit_and(Vector::shift_right<WIDTH * F>(word), mask);
+                        const I other = moved<UPPER * B - WIDTH>(rows.load(g.upper + j, AT));
+                        code[AT] = Vector::bit_or(low, Vector::bit_and(other, above));
+                    });
+                    codes(m, code);
+                }
+            });
+            return;
+        }
+    }
     const SearchField *field = g.fields;
     unrolled<0, FIELDS>([&](auto f) __attribute__((always_inline)) {
+        constexpr int F = decltype(f)::value;
         for (int64_t d = 0; d < words; d++) {
-            const int64_t m = decltype(f)::value * words + d;
-            const I word = Vector::iload(dwords + d * LANES);
-            I code = Vector::bit_and(Vector::shift_right<WIDTH * decltype(f)::value>(word), mask);
+            I code[V];
+            unrolled<0, V>([&](auto v) __attribute__((always_inline)) {
+                constexpr int AT = decltype(v)::value;
+                const I word = rows.load(d, AT);
+                code[AT] = Vector::bit_and(Vector::shift_right<WIDTH * F>(word), mask);
+            });
             if constexpr (BITS != WIDTH) {
                 for (; !field->last; field++) {
-                    const I other = Vector::iload(dwords + field->dword * LANES);
-                    const I bits = Vector::rotate_right(other, field->rotation);
-                    code = Vector::bit_or(code, Vector::bit_and(bits, Vector::iset1(field->mask)));
+                    unrolled<0, V>([&](auto v) __attribute__((always_inline)) {
+                        constexpr int AT = decltype(v)::value;
+                        const I other = rows.load(field->dword, AT);
+                        const I bits = field->left ? Vector::shift_left(other, field->left)
+                                                   : Vector::shift_right(other, field->right);
+                        const I own = Vector::bit_and(bits, Vector::iset1(field->mask));
+                        code[AT] = Vector::bit_or(code[AT], own);
+                    });
                 }
                 field++;
             }
+            codes(F * words + d, code);
+        }
+    });
+}
+
+// Call narrow(m, v, values) or wide(m, v, even, odd) for each step and vector of rows.
+template <int BITS, int V, class Narrow, class Wide>
+static INLINE void each_step(const SearchGroup &g, const Turned<V> &rows, const Narrow &narrow,
+                             const Wide &wide) {
+    const Shuffle<BITS> low(g.table);
+    const Shuffle<BITS> high(g.table + (BITS > NARROW_BITS ? 1 << BITS : 0));
+    const I pairs = Vector::iset1(0x00FF00FF);
+    each_code<BITS, V>(g, rows, [&](int64_t m, const I *codes) __attribute__((always_inline)) {
+        unrolled<0, V>([&](auto v) __attribute__((always_inline)) {
+            constexpr int AT = decltype(v)::value;
+            const I code = codes[AT];
             I index = code;  // a shuffle of a byte whose highest bit is set gives 0
             if constexpr (BITS == 8) index = Vector::bit_and(code, Vector::iset1(0x0F0F0F0F));
             if constexpr (BITS > NARROW_BITS) {
                 const I a = low(code, index), b = high(code, index);
-                wide(m,
+                wide(m, AT,
                      Vector::bit_or(Vector::bit_and(a, pairs),
                                     Vector::shift_left<8>(Vector::bit_and(b, pairs))),
                      Vector::merge(pairs, Vector::shift_right<8>(a), b));
             } else {
-                narrow(m, low(code, index));
+                narrow(m, AT, low(code, index));
             }
-        }
+        });
     });
 }
 
@@ -105,6 +165,9 @@ struct SomeRows {
     }
 };
 
+// Dwords that a vector of rows takes when it is turned.
+static INLINE int64_t turned_size(const SearchArgs &a) { return (int64_t)(a.dwords + 3) * LANES; }
+
 static INLINE void turn_some(const SearchArgs &a, const SearchGroup &g, const SomeRows &rows,
                              uint32_t *dwords) {
     const uint8_t *row[LANES];
@@ -117,55 +180,67 @@ static __attribute__((noinline)) void decode_group(const SearchArgs &a, const Se
                                                    int64_t first, int64_t end, uint32_t *dwords,
                                                    uint32_t *out, int64_t stride) {
     turn_some(a, g, SomeRows::from(first, end), dwords);
-    const auto narrow = [&](int64_t m, I values) __attribute__((always_inline)) {
+    const Turned<1> rows{dwords, 0};
+    const auto narrow = [&](int64_t m, int, I values) __attribute__((always_inline)) {
         Vector::istore(out + m * stride, values);
     };
-    const auto wide = [&](int64_t m, I even, I odd) __attribute__((always_inline)) {
+    const auto wide = [&](int64_t m, int, I even, I odd) __attribute__((always_inline)) {
         Vector::istore(out + 2 * m * stride, even);
         Vector::istore(out + (2 * m + 1) * stride, odd);
     };
-#define DECODE(BITS) each_step<BITS>(g, dwords, narrow, wide)
+#define DECODE(BITS) each_step<BITS, 1>(g, rows, narrow, wide)
     BY_BITS(DECODE)
 #undef DECODE
 }
 
-// The sum of products of LANES rows with one query, straight from their codes.
-static __attribute__((noinline)) I sum_of_codes(const SearchArgs &a, const SearchGroup &g,
-                                                const SomeRows &rows, uint32_t *dwords,
-                                                const int32_t *words) {
-    turn_some(a, g, rows, dwords);
-    I sum = Vector::izero(), part = Vector::izero();
+// sums[v]: of the products of V vectors of rows with one query, straight from their codes.
+template <int V>
+static __attribute__((noinline)) void sum_codes(const SearchArgs &a, const SearchGroup &g,
+                                                const SomeRows *rows, uint32_t *dwords,
+                                                const int32_t *words, I *sums) {
+    const int64_t gap = turned_size(a);
+    for (int v = 0; v < V; v++) turn_some(a, g, rows[v], dwords + v * gap);
+    const Turned<V> turned{dwords, gap};
+    I sum[V], part[V];
+    unrolled<0, V>([&](auto v) __attribute__((always_inline)) {
+        sum[decltype(v)::value] = part[decltype(v)::value] = Vector::izero();
+    });
     int64_t left = g.span;
-    const auto narrow = [&](int64_t m, I values) __attribute__((always_inline)) {
-        part = Vector::short_dot(part, values, words[m]);
-        if (--left) return;
-        sum = Vector::widen(sum, part);
-        part = Vector::izero();
+    const auto narrow = [&](int64_t m, int v, I values) __attribute__((always_inline)) {
+        part[v] = Vector::short_dot(part[v], values, words[m]);
+        if (v < V - 1 || --left) return;
+        unrolled<0, V>([&](auto each) __attribute__((always_inline)) {
+            constexpr int AT = decltype(each)::value;
+            sum[AT] = Vector::widen(sum[AT], part[AT]);
+            part[AT] = Vector::izero();
+        });
         left = g.span;
     };
-    const auto wide = [&](int64_t m, I even, I odd) __attribute__((always_inline)) {
-        sum = Vector::pair_dot(sum, even, words[2 * m]);
-        sum = Vector::pair_dot(sum, odd, words[2 * m + 1]);
+    const auto wide = [&](int64_t m, int v, I even, I odd) __attribute__((always_inline)) {
+        sum[v] = Vector::pair_dot(sum[v], even, words[2 * m]);
+        sum[v] = Vector::pair_dot(sum[v], odd, words[2 * m + 1]);
     };
-#define SUM(BITS) each_step<BITS>(g, dwords, narrow, wide)
+#define SUM(BITS) each_step<BITS, V>(g, turned, narrow, wide)
     BY_BITS(SUM)
 #undef SUM
-    return Vector::widen(sum, part);
+    for (int v = 0; v < V; v++) sums[v] = Vector::widen(sum[v], part[v]);
 }
 
-// What groups [from, to) add to the totals of LANES rows and one query, straight from their codes.
-static INLINE F add_codes(const SearchArgs &a, int from, int to, const SomeRows &rows,
-                          uint32_t *dwords, int64_t query, F total) {
+// totals[v] += what groups [from, to) add for one query, straight from the codes.
+template <int V>
+static INLINE void add_codes(const SearchArgs &a, int from, int to, const SomeRows *rows,
+                             uint32_t *dwords, int64_t query, F *totals) {
     for (int at = from; at < to; at++) {
         const SearchGroup &g = a.groups[at];
-        const int32_t *words = a.words + query * a.word_count + g.word;
-        const I sum = sum_of_codes(a, g, rows, dwords, words);
+        I sums[V];
+        sum_codes<V>(a, g, rows, dwords, a.words + query * a.word_count + g.word, sums);
         const I correction = Vector::iset1(a.corrections[query * a.count + at]);
-        const F exact = Vector::convert(Vector::isub(sum, correction));
         const F weight = Vector::set1(a.weights[query * a.count + at]);
-        total = Vector::add(total, Vector::mul(exact, weight));
+        for (int v = 0; v < V; v++) {
+            const F exact = Vector::convert(Vector::isub(sums[v], correction));
+            totals[v] = Vector::add(totals[v], Vector::mul(exact, weight));
+        }
     }
-    return total;
 }
 
 // totals[q][w] += what groups [from, to) add; values (word, w, lane) of the groups from `from` on.
