@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import sys
@@ -269,3 +270,16 @@ def test_a_page_that_says_it_is_2_gib_takes_no_memory(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"x\.parquet cannot be read: .*Page was smaller"):
         array[299:]
     assert pool.max_memory() < 2**30
+
+
+def test_a_negative_length_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    WRITERS["fixed.parquet"](path, np.ascontiguousarray(X[:, :13]))
+    said = parquet.read_metadata(path).metadata[b"ARROW:schema"]
+    width, negative = (n.to_bytes(4, "little", signed=True) for n in (13, -13))
+    schema = base64.b64decode(said)
+    assert schema.count(width) == 1
+    lie = base64.b64encode(schema.replace(width, negative))
+    path.write_bytes(path.read_bytes().replace(said, lie))
+    with pytest.raises(FormatError, match=r"'x' has the impossible shape \(300, -13\)"):
+        open_vectors(path)

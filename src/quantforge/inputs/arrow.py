@@ -137,6 +137,10 @@ def _entries(path: Path, schema: Any, rows: int, batches: Batches) -> dict[str, 
             continue
         dtype = np.dtype(_FLOATS[str(item)])
         width = getattr(kind, "list_size", None) or _first_length(path, field.name, batches)
+        if min(rows, width) < 0:
+            raise FormatError(
+                f"{path}: column {field.name!r} has the impossible shape {rows, width}"
+            )
         found[field.name] = Entry(
             (rows, width),
             dtype.name,
