@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from quantforge.server import routes_collections, routes_system, routes_work
+from quantforge.server.links import AFTER_COLLECTION, AFTER_JOB, AFTER_LIST, AFTER_POINTS
 from tests.helpers import gaussian
 from tests.server.conftest import Serve
 from tests.server.test_tensors import JSON, NPY, SAFETENSORS, npy
@@ -81,6 +82,22 @@ def test_references_lead_somewhere(document: dict[str, Any]) -> None:
     prefix = "#/components/schemas/"
     for reference in references(document):
         assert reference.removeprefix(prefix) in document["components"]["schemas"], reference
+
+
+def test_links_lead_to_operations_and_their_parameters(document: dict[str, Any]) -> None:
+    described = {(path, method): operation for path, method, operation in operations(document)}
+    names, seen = {"name", "id"}, 0
+    for path, method, operation in operations(document):
+        for status, response in operation["responses"].items():
+            for name, link in response.get("links", {}).items():
+                _, _, place, verb = link["operationRef"].split("/")
+                target = described[place.replace("~1", "/"), verb]
+                taken = {p["name"] for p in target["parameters"] if p["in"] == "path"}
+                given = set(link["parameters"]) or names  # a new name is the caller's
+                assert taken <= given <= names, (path, method, status, name)
+                seen += 1
+    expected = len(AFTER_LIST) + 2 * len(AFTER_COLLECTION) + len(AFTER_POINTS)
+    assert seen == expected + 4 * len(AFTER_JOB)
 
 
 def test_operations_that_need_the_token_say_so(serve: Serve) -> None:

@@ -6,7 +6,8 @@
     guards          who and how much may come in     bodies     tensors in and out of requests
     work            threads, and jobs for long work  operations compress, decompress, benchmark, ...
     catalog         collections on disk              schemas    JSON of requests and answers
-    routes_*        HTTP by topic                    static     the page at /
+    routes_*        HTTP by topic                    links      what can be asked after an answer
+    static          the page at /
 
 `Client` needs httpx alone, the rest FastAPI and uvicorn.
 """

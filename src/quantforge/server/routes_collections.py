@@ -20,6 +20,8 @@ from quantforge.server.bodies import (
     vectors_of,
 )
 from quantforge.server.errors import ApiError, too_large
+from quantforge.server.links import AFTER_COLLECTION, AFTER_LIST, AFTER_POINTS
+from quantforge.server.links import COLLECTION as HERE
 from quantforge.server.schemas import (
     NAME_PATTERN,
     Added,
@@ -39,11 +41,10 @@ from quantforge.server.state import Running, Server
 router = APIRouter()
 
 Name = Annotated[str, Path(pattern=NAME_PATTERN)]
-HERE = "/v1/collections/{name}"
 ANY = (JSON, SAFETENSORS, NPY)
 
 
-@router.get("/v1/collections")
+@router.get("/v1/collections", responses={200: {"links": AFTER_LIST}})
 async def list_collections(server: Running) -> CollectionList:
     """List collections with their sizes."""
 
@@ -60,7 +61,13 @@ async def list_collections(server: Running) -> CollectionList:
     return await server.run(look)
 
 
-@router.put(HERE, responses={201: {"model": CollectionInfo, "description": "Made"}})
+@router.put(
+    HERE,
+    responses={
+        200: {"links": AFTER_COLLECTION},
+        201: {"model": CollectionInfo, "description": "Made", "links": AFTER_COLLECTION},
+    },
+)
 async def put_collection(
     name: Name, body: CollectionSettings, server: Running, response: Response
 ) -> CollectionInfo:
@@ -86,7 +93,11 @@ async def delete_collection(name: Name, server: Running) -> None:
     await server.run(lambda: server.catalog.delete(name))
 
 
-@router.post(HERE + "/points", openapi_extra=content(Points, SAFETENSORS, NPY))
+@router.post(
+    HERE + "/points",
+    openapi_extra=content(Points, SAFETENSORS, NPY),
+    responses={200: {"links": AFTER_POINTS}},
+)
 async def post_points(name: Name, request: Request, server: Running) -> Added:
     """Add vectors; they are on the disk when this is answered.
 

@@ -17,6 +17,7 @@ from quantforge.server.bodies import (
     content,
 )
 from quantforge.server.errors import ApiError, too_large
+from quantforge.server.links import AFTER_JOB, JOB
 from quantforge.server.measuring import benchmark, optimization
 from quantforge.server.operations import DENSE, compress, decompress
 from quantforge.server.schemas import (
@@ -38,7 +39,11 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 ANY = (SAFETENSORS, NPY, JSON)
 BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 AS_JOB: dict[int | str, dict[str, Any]] = {
-    202: {"model": JobInfo, "description": "A job; its Location tells how far it is"}
+    202: {
+        "model": JobInfo,
+        "description": "A job; its Location tells how far it is",
+        "links": AFTER_JOB,
+    }
 }
 
 
@@ -152,14 +157,14 @@ async def get_jobs(server: Running) -> JobList:
     return JobList(jobs=[job.info() for job in server.jobs.all()])
 
 
-@router.get("/v1/jobs/{id}")
+@router.get(JOB)
 async def get_job(id: str, server: Running) -> JobInfo:
     """Tell how far a job is."""
     return server.jobs.get(id).info()
 
 
 @router.get(
-    "/v1/jobs/{id}/result",
+    f"{JOB}/result",
     response_class=Response,
     responses={200: {"content": {JSON: {}, SAFETENSORS: BINARY, NPY: BINARY}}},
 )
@@ -174,7 +179,7 @@ async def get_result(id: str, server: Running) -> Response:
     return answer_of(job.answer)
 
 
-@router.delete("/v1/jobs/{id}")
+@router.delete(JOB)
 async def delete_job(id: str, server: Running) -> JobInfo:
     """Cancel a job, or forget one that has ended."""
     return server.jobs.cancel(id).info()
