@@ -93,11 +93,11 @@ class RowBounds:
             plan: bounds by its margin, instead of those that lose nothing; its stage reads whole
                 groups.
         """
-        if PreparedSearch.cannot(self._specs, self._codec.device) is not None:
-            return None
         key = None if plan is None else (plan.stage.lead, plan.z)
         ready = self._ready.of(len(rows)).get(key)
         if ready is None:
+            if PreparedSearch.cannot(self._specs, self._codec.device) is not None:
+                return None
             bounds = self.of(rows) if plan is None else self._by_margin(rows, plan)
             coded = rows.coded(slice(None))
             search = PreparedSearch(

@@ -107,7 +107,7 @@ class Ids:
         self._unchecked = known
 
     def __len__(self) -> int:
-        return len(self._keys.rows)
+        return len(self._keys)
 
     @property
     def kind(self) -> Kind:

@@ -41,6 +41,9 @@ class Growing:
         found._is_own = True
         return found
 
+    def __len__(self) -> int:
+        return self._count
+
     @property
     def rows(self) -> torch.Tensor:
         """The rows, a view."""
@@ -98,7 +101,7 @@ class Rows:
         self._parts = {name: Growing(part) for name, part in parts.items()}
 
     def __len__(self) -> int:
-        return len(self._parts["ids"].rows)
+        return len(self._parts["ids"])
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._parts[name].rows
