@@ -133,6 +133,9 @@ def _visits(
     probes: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return queries and lists of all visits by list, the lists that are visited, and starts."""
+    if len(probes) == 1:
+        lists = probes[0][probes[0] >= 0].sort().values
+        return torch.zeros_like(lists), lists, lists, torch.arange(len(lists) + 1)
     who, place = (probes >= 0).nonzero(as_tuple=True)
     lists, order = probes[who, place].sort(stable=True)
     labels, counts = lists.unique_consecutive(return_counts=True)

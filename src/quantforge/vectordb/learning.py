@@ -104,7 +104,8 @@ def list_routes(metric: Metric, query: torch.Tensor, partition: Partition) -> to
     found = routes(metric, query, partition.centroids)
     if metric == "l2":
         return found
-    return found + SPREAD * query.norm(dim=-1, keepdim=True) * partition.spreads
+    length = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
+    return found.addcmul_(length, partition.spreads, value=SPREAD)
 
 
 def _spreads(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,7 @@ class Lists:
     def __init__(self, count: int, starts: torch.Tensor, tail: torch.Tensor) -> None:
         self.count, self.starts = count, starts
         self._tail = Growing(tail)
+        self._sizes: torch.Tensor | None = None
 
     @classmethod
     def of(cls, labels: torch.Tensor, count: int) -> Lists:
@@ -102,12 +103,15 @@ class Lists:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.starts.nbytes + self._tail.nbytes
+        sizes = 0 if self._sizes is None else self._sizes.nbytes
+        return self.starts.nbytes + self._tail.nbytes + sizes
 
     @property
     def sizes(self) -> torch.Tensor:
         """Rows of each list, (count,) int64, the tail's counted."""
-        return self.starts.diff() + torch.bincount(self.tail, minlength=self.count)
+        if self._sizes is None:
+            self._sizes = self.starts.diff() + torch.bincount(self.tail, minlength=self.count)
+        return self._sizes
 
     @property
     def imbalance(self) -> float:
@@ -126,6 +130,7 @@ class Lists:
 
     def append(self, labels: torch.Tensor) -> None:
         """Add rows at the end."""
+        self._sizes = None
         if self.count == 1:
             self.starts = self.starts + torch.tensor([0, len(labels)], device=self.starts.device)
         else:
@@ -133,6 +138,7 @@ class Lists:
 
     def keep(self, index: torch.Tensor) -> None:
         """Keep these rows alone, (m,) rising."""
+        self._sizes = None
         late = index[index >= self.sorted_rows] - self.sorted_rows
         sizes = torch.bincount(self.of_rows(index[: len(index) - len(late)]), minlength=self.count)
         self.starts = _starts(sizes)

@@ -228,6 +228,10 @@ def nearest_lists(
 
 
 def _ordered(routes: torch.Tensor, count: int) -> torch.Tensor:
+    if (
+        len(routes) == 1 and routes.device.type == "cpu"
+    ):  # few numbers: what counts is how many calls
+        return routes.sort(dim=1, descending=True, stable=True).indices[:, :count]
     lists = torch.arange(routes.shape[1], device=routes.device)
     keys = keys_of(routes, lists).topk(count, dim=1).values
     return ROW_MASK - (keys & ROW_MASK)
