@@ -4,8 +4,9 @@
 
 Each environment is new, has what pip finds for `quantforge[extra]`, and runs one command that needs
 the extra, outside of the checkout. The wheel is made of the source archive.
-`--audit` asks pip-audit about each environment. The extra `vllm` is several gigabytes: see
-`make test-vllm`.
+The extra `vllm` is several gigabytes: uv tells which packages it would install, `make test-vllm`
+runs it. `--audit` asks pip-audit about each environment; a finding, or a package of which the
+service knows nothing, ends the run with 1.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -44,6 +46,9 @@ COMMANDS: dict[str, list[list[str]]] = {
     "docs": [["mkdocs", "--version"]],
     "dev": [["pytest", "--version"]],
 }
+RESOLVED = "vllm"
+"""The extra that is not installed."""
+
 MEMBERS = (
     "quantforge/native/lib/libquantforge.so",
     "quantforge/recipes/demo_cache.py",
@@ -120,6 +125,20 @@ def try_extra(extra: str, wheel: Path, folder: Path, audit: bool) -> dict[str, A
     return row | {"seconds": round(time.perf_counter() - start)}
 
 
+def resolve(extra: str, wheel: Path, folder: Path) -> dict[str, Any]:
+    """Find the packages that the wheel with an extra would install, from their metadata alone."""
+    start, tools = time.perf_counter(), folder / "resolver"
+    python = new_environment(tools, "uv")
+    said = checked(
+        [tools / "bin" / "uv", "pip", "install", "--dry-run", "--python", python,
+         f"quantforge[{extra}] @ {wheel.as_uri()}"],
+        cwd=folder,
+    )  # fmt: skip
+    packages = re.findall(r"^ \+ (\S+)", said, re.MULTILINE)
+    assert any(package.startswith(f"{extra}==") for package in packages), said
+    return {"extra": extra, "resolved": packages, "seconds": round(time.perf_counter() - start)}
+
+
 def _serve(command: Path, place: Path) -> None:
     with subprocess.Popen(
         [str(command), "serve", "--port", "0"], cwd=place, text=True,
@@ -171,9 +190,20 @@ def _audit(freeze: str, folder: Path) -> dict[str, Any]:
     }
 
 
+def _unsafe(row: dict[str, Any]) -> str | None:
+    """Return what an audit leaves open."""
+    audit = row.get("audit", {})
+    if audit.get("failed") or audit.get("findings"):
+        return f"{row['extra']}: {audit}"
+    if audit.get("skipped"):
+        return f"{row['extra']}: nothing is known of {len(audit['skipped'])} packages"
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--extras", nargs="+", choices=COMMANDS, default=list(COMMANDS))
+    every = [*COMMANDS, RESOLVED]
+    parser.add_argument("--extras", nargs="+", choices=every, default=every)
     parser.add_argument("--audit", action="store_true", help="ask pip-audit as well")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
@@ -191,11 +221,17 @@ def main() -> None:
         }
         print(json.dumps(result), flush=True)
         for extra in args.extras:
-            row = try_extra(extra, wheel, folder, args.audit)
+            if extra == RESOLVED:
+                row = resolve(extra, wheel, folder)
+            else:
+                row = try_extra(extra, wheel, folder, args.audit)
             result["extras"].append(row)
-            print(extra, len(row["packages"]), row.get("audit"), row["seconds"], "s", flush=True)
+            count = len(row.get("packages", row.get("resolved", ())))
+            print(extra, count, "packages", row.get("audit", ""), row["seconds"], "s", flush=True)
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if unsafe := [said for row in result["extras"] if (said := _unsafe(row))]:
+        raise SystemExit("\n".join(["the audit is open:", *unsafe]))
 
 
 if __name__ == "__main__":
