@@ -6,9 +6,9 @@ Of the .npy file (n, dim) the last 1,000 vectors are the queries and the 256 bef
 `nprobe`; all others are stored. Neighbours are exact inner products. Indexes with lists look into
 as few lists as hold 95% of what a scan of all their lists finds for those 256. All of the CPU's
 threads build; searches are timed with one thread, in CPU time, and with all, by the clock. What is
-held is what the anonymous memory of the process, or what is allocated on the GPU, has grown by.
-Rows go to `results/search_million_<device>.jsonl` as they are measured, the important ones
-first, until the time is over.
+held is what the anonymous memory of the process, or what is allocated on the GPU, shrinks by when
+the index goes. Rows go to `results/search_million_<device>.jsonl` as they are measured, the
+important ones first, until the time is over.
 """
 
 from __future__ import annotations
@@ -261,7 +261,6 @@ def measure(
     threads = os.cpu_count() or 1
     use_threads(threads)
     warm_up(case, x, queries)
-    before = held(case.device)
     start = time.perf_counter()
     index = case.build(x)
     row: dict[str, Any] = {"build_s": time.perf_counter() - start}
@@ -270,7 +269,6 @@ def measure(
     row |= {"recall": share(search(queries), truth), "nlist": index.nlist, "nprobe": nprobe}
     if index.nlist > 1:
         row["recall_of_all_lists"] = share(index.search(queries, index.nlist), truth)
-    row |= {"held": held(case.device) - before, "reported": index.reported}
     row |= {"code_bytes": index.code_bytes, "bits": case.bits, "on": case.device}
     row["qps"] = batch_qps(search, queries, time.perf_counter)
     row["single_ms"] = single_ms(search, queries, time.perf_counter)
@@ -279,6 +277,9 @@ def measure(
         some = queries[: int(min(len(queries), max(32, row["qps"] / threads * BATCH_SECONDS)))]
         row["qps_1_thread"] = batch_qps(search, some, time.process_time)
         row["single_ms_1_thread"] = single_ms(search, queries, time.process_time)
+    row["reported"], before = index.reported, held(case.device)
+    del index, search
+    row["held"] = before - held(case.device)
     return row
 
 
