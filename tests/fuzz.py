@@ -283,6 +283,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON, written after each part")
     args = parser.parse_args()
+    if args.resume and args.output is None:
+        parser.error("--resume needs the --output to go on with")
     faulthandler.enable()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"environment": environment("cpu"), "seed": args.seed}

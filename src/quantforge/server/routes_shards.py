@@ -155,7 +155,7 @@ class Front:
             return self.info()
 
 
-def _front_of(request: Request) -> Front:
+async def _front_of(request: Request) -> Front:
     return request.app.state.front
 
 

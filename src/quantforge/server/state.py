@@ -153,7 +153,7 @@ def answer_of(answer: Answer) -> Response:
     return StreamingResponse(stream, media_type=answer.media_type, headers=headers)
 
 
-def _server_of(request: Request) -> Server:
+async def _server_of(request: Request) -> Server:  # another def would be run in a thread
     return request.app.state.server
 
 
