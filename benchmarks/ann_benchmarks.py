@@ -80,6 +80,10 @@ class QuantForge:
         """Return what the index holds, in kB."""
         return 0.0 if self.index is None else self.index.memory_report()["total"] / 1024
 
+    def get_additional(self) -> dict[str, Any]:
+        """Return what is kept with the results."""
+        return {} if self.index is None else {"nlist": self.index.nlist}
+
     def done(self) -> None:
         """Let go of the index."""
         self.index = self.found = None
@@ -116,11 +120,17 @@ def main() -> None:
             algorithm.set_query_arguments(nprobe, rerank)
             start = time.perf_counter()
             algorithm.batch_query(queries, 10)
-            seconds = time.perf_counter() - start
+            middle = time.perf_counter()
             found = algorithm.get_batch_results()
+            alone = np.stack([algorithm.query(q, 10) for q in queries])
+            batch, single = middle - start, time.perf_counter() - middle
+            assert np.array_equal(found, alone), "a batch finds what its queries find alone"
             recall = (found[:, :, None] == truth[:, None]).any(1).mean()
-            print(f"{algorithm}  recall@10 {recall:.3f}  {len(queries) / seconds:.0f} queries/s")
-    print(f"{algorithm.get_memory_usage():.0f} kB")
+            print(
+                f"{algorithm}  recall@10 {recall:.3f}  in a batch {len(queries) / batch:.0f} "
+                f"queries/s, one by one {len(queries) / single:.0f}"
+            )
+    print(f"{algorithm.get_memory_usage():.0f} kB, {algorithm.get_additional()}")
 
 
 if __name__ == "__main__":

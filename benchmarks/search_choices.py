@@ -32,6 +32,8 @@ OUT = RESULTS / "search_choices_cpu.jsonl"
 DIM, K = 384, 10
 CODES = [("adapted", 4), ("centred", 3), ("adapted", 2), ("adapted", 1), ("centred", 5)]
 RECALLS = (0.99, 0.999)
+FACTOR = 4
+"""Candidates of a fixed rerank, times k."""
 IDS = 500_000
 
 
@@ -56,7 +58,7 @@ def seconds(call: Callable[[], Any]) -> float:
 def candidates(
     index: QuantizedIndex, x: np.ndarray, query: np.ndarray, truth: np.ndarray
 ) -> dict[str, Any]:
-    """Return the recall of candidates for a target, and how many there are for each query."""
+    """Return the recall of candidates, how many there are for each query, and its time alone."""
     row: dict[str, Any] = {"codes alone": recall(index.search(query, K)[0], truth)}
     for target in RECALLS:
         asked = []
@@ -72,7 +74,14 @@ def candidates(
         row[str(target)] = {
             "recall": recall(np.array(found), truth),
             "candidates": sum(asked) / len(query),
+            "single ms": single(index, query, rerank="auto", recall=target, fetch=x.__getitem__),
         }
+    fixed: dict[str, Any] = {"rerank": FACTOR * K, "fetch": x.__getitem__}
+    row["fixed"] = {
+        "recall": recall(index.search(query, K, **fixed)[0], truth),
+        "candidates": FACTOR * K,
+        "single ms": single(index, query, **fixed),
+    }
     return row
 
 
@@ -83,7 +92,7 @@ def stages(index: QuantizedIndex, query: np.ndarray, truth: np.ndarray) -> dict[
     whole, _ = index.search(query, K)
     row: dict[str, Any] = {"recall": recall(whole, truth)}
     row["queries/s"] = len(query) / seconds(lambda: index.search(query, K))
-    row["single ms"] = single(index, query, None)
+    row["single ms"] = single(index, query)
     coded, codec, q = core.rows.coded(slice(None)), core.codec, torch.from_numpy(query)
     full = codec.scores(codec.queries(q), coded)
     for target in RECALLS:
@@ -103,7 +112,7 @@ def stages(index: QuantizedIndex, query: np.ndarray, truth: np.ndarray) -> dict[
             "read": (plan.stage.nbytes + codec.row_bytes * count / full.numel()) / codec.row_bytes,
             "queries/s": len(query)
             / seconds(lambda target=target: index.search(query, K, two_stage=target)),
-            "single ms": single(index, query, target),
+            "single ms": single(index, query, two_stage=target),
             "single same": recall(
                 np.concatenate([index.search(q[None], K, two_stage=target)[0] for q in query]),
                 whole,
@@ -112,12 +121,12 @@ def stages(index: QuantizedIndex, query: np.ndarray, truth: np.ndarray) -> dict[
     return row
 
 
-def single(index: QuantizedIndex, query: np.ndarray, two_stage: float | None) -> float:
+def single(index: QuantizedIndex, query: np.ndarray, **options: Any) -> float:
     """Return the median CPU time of queries alone, in ms."""
     times = []
     for q in query:
         start = time.process_time()
-        index.search(q[None], K, two_stage=two_stage)
+        index.search(q[None], K, **options)
         times.append(time.process_time() - start)
     return 1e3 * float(np.median(times))
 

@@ -7,6 +7,12 @@ process with one thread, so that other work on the machine counts less: queries 
 batch, the best of three, and the median of single queries. Bytes are those of a vector's code and
 numbers. Peers that are not installed are left out. Rows go to `results/index_peers_cpu.jsonl`,
 each as soon as it is measured; `python -m benchmarks.search_tables` draws them.
+
+    python -m benchmarks.vector_search out/minilm.npy --fields 2 --only 'd (ada|cen|obl)|RaBitQ'
+
+makes longer vectors of the same: each is the embeddings of so many sentences that follow each
+other in the file, normalized together, as documents of several fields are embedded. Such rows go to
+`results/index_peers_fields_cpu.jsonl`.
 """
 
 from __future__ import annotations
@@ -148,7 +154,7 @@ def hnsw_case(dtype: str, bits: int | None = None) -> Case:
     return Case(f"usearch HNSW16 {what}", 16, build)
 
 
-def cases() -> Iterator[Case]:
+def cases(dim: int) -> Iterator[Case]:
     """Yield all indexes whose libraries are installed."""
     for bits in (1, 2, 3, 4):
         for mode in ("adapted", "centred", "oblivious"):
@@ -156,7 +162,7 @@ def cases() -> Iterator[Case]:
     for bits in (2, 4):
         yield ours(bits, "adapted", nlist=256, nprobes=(8, 32))
     if importlib.util.find_spec("faiss") is not None:
-        yield from faiss_cases()
+        yield from faiss_cases(dim)
     if importlib.util.find_spec("turbovec") is not None:
         yield from (turbovec_case(bits) for bits in (2, 3, 4))
     if importlib.util.find_spec("usearch") is not None:
@@ -164,7 +170,7 @@ def cases() -> Iterator[Case]:
         yield hnsw_case("f16", bits=4)
 
 
-def faiss_cases() -> Iterator[Case]:
+def faiss_cases(dim: int) -> Iterator[Case]:
     """Yield FAISS's indexes."""
 
     def factory(key: str) -> Callable[[Any, int], Any]:
@@ -177,12 +183,20 @@ def faiss_cases() -> Iterator[Case]:
 
     yield faiss_case("Flat", 32, factory("Flat"))
     yield faiss_case("SQ4", 4, factory("SQ4"))
-    yield faiss_case("PQ96x4fs", 1, factory("PQ96x4fs"))
-    yield faiss_case("PQ192x4fs", 2, factory("PQ192x4fs"))
+    for bits in (1, 2):
+        key = f"PQ{bits * dim // 4}x4fs"
+        yield faiss_case(key, bits, factory(key))
     for bits in (1, 2, 3, 4):
         yield faiss_case(f"RaBitQFastScan {bits} bits", bits, rabitq(bits))
-    yield faiss_case("IVF256,PQ192x4fs", 2, factory("IVF256,PQ192x4fs"), (8, 32))
+    key = f"IVF256,PQ{dim // 2}x4fs"
+    yield faiss_case(key, 2, factory(key), (8, 32))
     yield faiss_case("IVF256,SQ4", 4, factory("IVF256,SQ4"), (8, 32))
+
+
+def of_fields(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return vectors (n / count, count * dim) of length 1 from `count` rows (n, dim) each."""
+    whole = rows[: len(rows) // count * count].reshape(-1, count * rows.shape[1])
+    return whole / np.linalg.norm(whole, axis=1, keepdims=True)
 
 
 def neighbours(x: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -241,20 +255,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("vectors", type=Path, help=".npy file of float32 (n, dim)")
     parser.add_argument("--queries", type=int, default=1000, help="the last vectors")
     parser.add_argument("--only", default="", help="regular expression of names")
-    parser.add_argument("--output", type=Path, default=RESULTS / "index_peers_cpu.jsonl")
+    parser.add_argument("--fields", type=int, default=1, help="vectors of so many rows each")
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # turbovec's, read when its pool starts
     rows = np.load(args.vectors).astype(np.float32)
+    if args.fields > 1:
+        rows = of_fields(rows, args.fields)
+    name = "index_peers_cpu.jsonl" if args.fields == 1 else "index_peers_fields_cpu.jsonl"
+    output = args.output or RESULTS / name
     x, queries = rows[: -args.queries], rows[-args.queries :]
     exact = neighbours(x, queries)
     shared = {"n": len(x), "dim": x.shape[1], "queries": len(queries), "k": K}
     where = {**environment("cpu"), **versions()}
-    for case in cases():
+    for case in cases(x.shape[1]):
         if not re.search(args.only, case.name):
             continue
         for row in measure(case, x, queries, exact):
-            put_row(args.output, {**row, **shared, "environment": where})
+            if args.fields > 1:
+                row["case"] += f", {args.fields} fields"
+            put_row(output, {**row, **shared, "environment": where})
             print(
                 f"{row['case']:40} recall {row['recall']:.3f}  {row['code_bytes']:6.0f} bytes  "
                 f"{row['qps']:7.0f} qps  {row['single_ms']:7.3f} ms  build {row['build_s']:.1f} s",

@@ -22,6 +22,7 @@ def truth(metric: str) -> np.ndarray:
 def test_contract(metric: str) -> None:
     algorithm = QuantForge(metric, 4)
     assert algorithm.get_memory_usage() == 0
+    assert algorithm.get_additional() == {}
     algorithm.fit(X.astype(np.float64))
     recalls = {}
     for rerank in (0, 10):
@@ -36,6 +37,7 @@ def test_contract(metric: str) -> None:
     assert recalls[10] > 0.99
     assert str(algorithm) == "QuantForge(bits=4, nprobe=1, rerank=10)"
     assert 1200 * 32 * 2.5 / 1024 < algorithm.get_memory_usage() < 400
+    assert algorithm.get_additional() == {"nlist": 1}
     algorithm.done()
     assert algorithm.get_memory_usage() == 0
 

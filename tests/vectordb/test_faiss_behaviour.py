@@ -37,6 +37,10 @@ def flat(metric: str) -> faiss.Index:
     return index
 
 
+def shared(found: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found, theirs, strict=True)]))
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_results_have_its_shapes_order_and_signs(metric: str) -> None:
     distances, theirs = flat(metric).search(Q, K)
@@ -48,7 +52,7 @@ def test_results_have_its_shapes_order_and_signs(metric: str) -> None:
     rising = np.diff(scores, axis=1) * (1 if metric == "l2" else -1)
     assert (rising >= 0).all()
     np.testing.assert_allclose(scores, distances, atol=0.05 * np.abs(distances).max())
-    assert np.mean([len(set(a) & set(b)) / K for a, b in zip(ids, theirs, strict=True)]) > 0.9
+    assert shared(ids, theirs) > 0.9
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
@@ -181,19 +185,54 @@ def test_round_trips_change_nothing(metric: str, bits: int, tmp_path: Path) -> N
 
 
 def test_search_parameters_hold_for_one_search() -> None:
-    """FAISS's IDSelector and IVF nprobe, as arguments."""
+    """IVF's nprobe, as an argument: more lists find more, and more than there are find the same."""
     index = built(nlist=16, bits=8)
-    before = index.search(Q, K)[0]
-    allowed = np.arange(0, N, 4)
-    selector = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))
-    theirs = flat("ip").search(Q, K, params=selector)[1]
-    found = index.search(Q, K, ids=allowed, nprobe=16)[0]
-    assert np.isin(found, allowed).all()
-    assert np.mean([len(set(a) & set(b)) / K for a, b in zip(found, theirs, strict=True)]) > 0.9
-    few, many = index.search(Q, K, nprobe=1)[0], index.search(Q, K, nprobe=16)[0]
-    assert (few[:, 0] == many[:, 0]).mean() <= 1
-    assert (many[:, 0] == flat("ip").search(Q, 1)[1][:, 0]).mean() > 0.85
+    before, theirs = index.search(Q, K)[0], flat("ip").search(Q, K)[1]
+    few, many = (shared(index.search(Q, K, nprobe=n)[0], theirs) for n in (1, 16))
+    assert few < many - 0.1
+    assert many > 0.9
+    every = index.search(Q, K, nprobe=16)[0]
+    np.testing.assert_array_equal(index.search(Q, K, nprobe=99)[0], every)
     np.testing.assert_array_equal(index.search(Q, K)[0], before)
+
+
+@pytest.mark.parametrize("nlist", [0, 16])
+@pytest.mark.parametrize("kind", ["batch", "range", "bitmap", "not"])
+def test_selectors(kind: str, nlist: int) -> None:
+    """FAISS's IDSelectors let pass what `ids` and `bitmap` do."""
+    mask = np.random.RandomState(0).random_sample(N) < 0.3
+    if kind == "range":
+        mask = (np.arange(N) >= 100) & (np.arange(N) < 350)
+    allowed, bits = np.flatnonzero(mask), np.packbits(mask, bitorder="little")
+    selector = {
+        "batch": lambda: faiss.IDSelectorBatch(allowed),
+        "range": lambda: faiss.IDSelectorRange(100, 350),
+        "bitmap": lambda: faiss.IDSelectorBitmap(bits),
+        "not": lambda: faiss.IDSelectorNot(faiss.IDSelectorBatch(np.flatnonzero(~mask))),
+    }[kind]()
+    theirs = flat("ip").search(Q, K, params=faiss.SearchParameters(sel=selector))[1]
+    index = built(nlist=nlist)
+    by_row = np.packbits(np.isin(index.ids, allowed), bitorder="little")
+    found = index.search(Q, K, ids=allowed, nprobe=16)
+    for ours in (found, index.search(Q, K, bitmap=by_row, nprobe=16)):
+        assert np.isin(ours[0], allowed).all()
+        assert shared(ours[0], theirs) > 0.9
+        np.testing.assert_array_equal(ours[0], found[0])
+        np.testing.assert_array_equal(ours[1], found[1])
+
+
+def test_assignment_is_where_rows_lie() -> None:
+    """FAISS's `quantizer.search(x, 1)` names the list that `add` puts a vector into."""
+    index = built(nlist=16)
+    core = index._known
+    quantizer = faiss.IndexFlatL2(DIM)
+    quantizer.add(core.partition.centroids.numpy())
+    labels = quantizer.search(X, 1)[1][:, 0]
+    rows = index._rows_of(np.arange(N))
+    assert (core.lists.of_rows(rows).numpy() == labels).mean() > 0.999
+    np.testing.assert_array_equal(
+        index.list_report()["rows"], np.bincount(core.lists.of_rows(rows), minlength=16)
+    )
 
 
 def test_an_empty_index() -> None:
