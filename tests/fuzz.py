@@ -264,10 +264,12 @@ def run(
 
 
 def _written(folder: Path, files: dict[str, bytes]) -> Path:
-    for path in folder.iterdir():
-        path.unlink()  # what is mapped stays as it was
+    place = str(folder)
+    for name in os.listdir(place):
+        os.unlink(f"{place}/{name}")  # what is mapped stays as it was
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        with open(f"{place}/{name}", "wb", 0) as file:
+            file.write(content)
     return folder
 
 
