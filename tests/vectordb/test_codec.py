@@ -9,7 +9,9 @@ import torch
 from quantforge.errors import InputError
 from quantforge.numerics import vectors
 from quantforge.numerics.packing import planes, unpack
-from quantforge.numerics.vectors import Mode, VectorCode, learn
+from quantforge.numerics.rotation import haar_matrix
+from quantforge.numerics.vectors import SEGMENT, Mode, VectorCode, learn
+from quantforge.vectordb import IndexConfig, QuantizedIndex
 from quantforge.vectordb.codec import Codec
 from quantforge.vectordb.moments import measure
 from tests.vectordb.data import skewed
@@ -75,3 +77,15 @@ def test_vectors_beyond_the_training_data_are_refused() -> None:
     with pytest.raises(InputError, match="vector 3 has norm"):
         codec.encode(torch.cat([x[:3], 1e7 * x[3:4]]))
     assert len(codec.encode(x[:0]).scales) == 0
+
+
+def test_rotations_of_segments_are_made_once() -> None:
+    """Standard errors of a query alone cost a QR for each of many segments otherwise."""
+    dim = 20 * SEGMENT + 8
+    x = skewed(600, dim)
+    index = QuantizedIndex(dim, IndexConfig(bits=2, seed=123))
+    index.add(x)
+    first = index.standard_errors(x[:1], [0, 1])
+    made = haar_matrix.cache_info().misses
+    np.testing.assert_array_equal(index.standard_errors(x[:1], [0, 1]), first)
+    assert haar_matrix.cache_info().misses == made

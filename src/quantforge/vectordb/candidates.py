@@ -31,7 +31,7 @@ POOL = 16
 """Rows looked at first, times k."""
 PRIOR = 8
 """Candidates with errors as expected that count beside those of a query."""
-STEPS = 40
+STEPS = 24
 """Halvings of the interval that holds the border."""
 ROUNDING = 1e-5
 LEAST_ERROR = 1e-6

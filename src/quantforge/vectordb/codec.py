@@ -22,8 +22,14 @@ import torch
 
 from quantforge.errors import InputError
 from quantforge.numerics.packing import row_bytes
-from quantforge.numerics.vectors import Mode, VectorCode, plain_spec, segment_rotations
-from quantforge.ops.constants import centroids
+from quantforge.numerics.vectors import (
+    SEGMENT,
+    Mode,
+    VectorCode,
+    plain_spec,
+    segment_rotations,
+)
+from quantforge.ops.constants import cached_constant, centroids
 from quantforge.ops.dequantize.api import dequantize
 from quantforge.ops.lookup import take
 from quantforge.ops.mixed_search.eager import Products
@@ -260,7 +266,19 @@ class Codec:
         """Undo the rotation inside segments."""
         if self.mode != "adapted":
             return u
-        found = torch.empty_like(u)
-        for where, rotation in segment_rotations(u.shape[1], self.seed):
-            found[:, where] = u[:, where] @ torch.from_numpy(rotation).to(u)
-        return found
+        whole, rest = _rotations(u.shape[1], self.seed, u.device)
+        parts = u[:, : len(whole) * SEGMENT].unflatten(1, (-1, SEGMENT))
+        found = (parts.transpose(0, 1) @ whole).transpose(0, 1).flatten(1)
+        return torch.cat([found, u[:, len(whole) * SEGMENT :] @ rest], dim=1)
+
+
+@cached_constant
+def _rotations(dim: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotations of whole segments (s, SEGMENT, SEGMENT), and that of the last ones."""
+    found = [
+        torch.from_numpy(part).to(device, torch.float32) for _, part in segment_rotations(dim, seed)
+    ]
+    whole = found[: dim // SEGMENT]
+    empty = torch.empty(0, SEGMENT, SEGMENT, device=device)
+    rest = found[-1] if dim % SEGMENT else empty.new_empty(0, 0)
+    return torch.stack(whole) if whole else empty, rest

@@ -294,16 +294,17 @@ class Core:
                 hold fewer than k rows.
         """
         nprobe = min(self.partition.nprobe if nprobe is None else nprobe, len(self.partition))
-        probes = None
+        probes, queries = None, self.codec.queries(query)
         few = allowed is not None and len(allowed) * len(self.partition) <= nprobe * len(self.rows)
         if nprobe < len(self.partition) and not few:
-            routes = learning.list_routes(self.config.metric, query, self.partition)
+            known = queries.base if self.partition.coded else None
+            routes = learning.list_routes(self.config.metric, query, self.partition, known)
             counts = self.lists.sizes - self._removed_of_list
             if allowed is not None:
                 labels = self.lists.of_rows(allowed)
                 counts = torch.bincount(labels, minlength=len(self.partition))
             probes = scan.nearest_lists(routes, counts.to(routes.device), nprobe, k)
-        scores, rows = scan.best(self.shelf, self.codec.queries(query), k, probes, allowed)
+        scores, rows = scan.best(self.shelf, queries, k, probes, allowed)
         return scores.cpu(), rows.cpu()
 
     def above(

@@ -94,18 +94,20 @@ def routes(metric: Metric, query: torch.Tensor, x: torch.Tensor) -> torch.Tensor
     return 2 * found - query.square().sum(-1)[:, None] - x.square().sum(-1)
 
 
-def list_routes(metric: Metric, query: torch.Tensor, partition: Partition) -> torch.Tensor:
+def list_routes(
+    metric: Metric, query: torch.Tensor, partition: Partition, known: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return how promising each list (q, lists) is to queries (q, dim); greater is more.
 
     The best inner product in a list is above that of its centroid, the more so the wider vectors
     are spread about it: those of unit length are where the centroid is short. Distances know this
-    by themselves.
+    by themselves. The scores of the centroids may be known already.
     """
-    found = routes(metric, query, partition.centroids)
+    found = routes(metric, query, partition.centroids) if known is None else known
     if metric == "l2":
         return found
     length = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
-    return found.addcmul_(length, partition.spreads, value=SPREAD)
+    return torch.addcmul(found, length, partition.spreads, value=SPREAD)
 
 
 def _spreads(x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
