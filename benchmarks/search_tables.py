@@ -1,4 +1,4 @@
-"""The table and the plot of `benchmarks.vector_search`, and the table of `search_million`.
+"""The tables and the plot of `benchmarks.vector_search`, and the table of `search_million`.
 
 python -m benchmarks.search_tables        writes docs/vector_search.svg
 """
@@ -12,6 +12,7 @@ from benchmarks.op_tables import DOCS, markdown
 from benchmarks.record import RESULTS, read_rows
 
 SOURCE = RESULTS / "index_peers_cpu.jsonl"
+FIELDS = RESULTS / "index_peers_fields_cpu.jsonl"
 MILLION = RESULTS / "search_million_cuda.jsonl"
 COMMAND = "python -m benchmarks.vector_search VECTORS.npy"
 FAMILIES = {
@@ -55,6 +56,37 @@ def table(source: Path = SOURCE, what: str = WHAT) -> str:
         f"{where['date']}; `benchmarks/results/{source.name}`."
     )
     return markdown(head, body) + f"\n{caption}\n\n![recall against bytes](vector_search.svg)\n"
+
+
+def fields(source: Path = FIELDS) -> str:
+    """Return recall and bytes of codes of vectors of several fields, families side by side."""
+    if not source.exists():
+        return f"Not measured yet: `{COMMAND} --fields 2`.\n"
+    rows = [row for row in read_rows(source) if "IVF" not in row["case"]]
+    found = {(row["dim"], row["bits"], _family(row)): row for row in rows}
+    names = [name for name in FAMILIES if any(family == name for _, _, family in found)]
+    body = [
+        [f"{dim:,}", f"{bits:g}", *(_kept(found.get((dim, bits, name))) for name in names)]
+        for dim, bits in sorted({(row["dim"], row["bits"]) for row in rows})
+    ]
+    sizes = " and ".join(
+        f"{n:,} of dim {dim:,}" for dim, n in sorted({(row["dim"], row["n"]) for row in rows})
+    )
+    first, where = rows[0], rows[0]["environment"]
+    peers = ", ".join(f"{PEERS[name]} {where[name]}" for name in PEERS if name in where)
+    caption = (
+        f"{sizes}, {first['queries']:,} queries. {where['device']}, torch {where['torch']}, "
+        f"{peers}, {where['date']}; `benchmarks/results/{source.name}`."
+    )
+    return markdown(["dim", "bits", *names], body) + f"\n{caption}\n"
+
+
+def _family(row: Row) -> str:
+    return next(name for name in FAMILIES if row["case"].startswith(name))
+
+
+def _kept(row: Row | None) -> str:
+    return "" if row is None else f"{row['recall']:.3f}, {row['code_bytes']:,.0f} bytes"
 
 
 def million(source: Path = MILLION) -> str:

@@ -20,6 +20,7 @@ from benchmarks.op_tables import (
 )
 from benchmarks.record import RESULTS, load
 from benchmarks.registry import OPS
+from benchmarks.search_tables import fields as index_fields
 from benchmarks.search_tables import million as search_million
 from benchmarks.search_tables import table as index_peers
 
@@ -151,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled_step": compiled_step_table,
     "decode_attention_plot": plots,
     "index_peers": index_peers,
+    "index_fields": index_fields,
     "search_million": search_million,
     **{
         name: partial(_optimizer, optimizer_tables.caches, name)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.vector_codes codes out/minilm.npy.part
     python -m benchmarks.vector_codes lists out/minilm.npy.part
+    python -m benchmarks.vector_codes routes out/minilm.npy.part
     python -m benchmarks.vector_codes isotropic
 
 Vectors are a raw float32 file or a .npy (--dim columns); the last ones are the queries. Isotropic
@@ -21,7 +22,8 @@ import torch
 
 from benchmarks.record import RESULTS, environment
 from quantforge.numerics.vectors import Mode
-from quantforge.vectordb import IndexConfig, QuantizedIndex
+from quantforge.vectordb import IndexConfig, QuantizedIndex, learning
+from quantforge.vectordb.learning import learn_partition
 
 NEIGHBOURS = 10
 
@@ -112,9 +114,36 @@ def lists(x: torch.Tensor, query: torch.Tensor, bits: list[int]) -> list[dict]:
     return rows
 
 
+def routes(x: torch.Tensor, query: torch.Tensor, nlist: int = 256) -> list[dict]:
+    """Return the share of neighbours in the lists looked into, by centroids alone and as it is.
+
+    Codes play no part; seeds draw other centroids.
+    """
+    truth = (query @ x.T).topk(NEIGHBOURS).indices
+    rows = []
+    for seed in range(6):
+        config = IndexConfig(bits=4, nlist=nlist, seed=seed)
+        partition = learn_partition(config, x, nlist, coded=True)
+        labels = partition.nearest(x)
+        for kind, found in (
+            ("centroids", learning.routes("ip", query, partition.centroids)),
+            ("spreads too", learning.list_routes("ip", query, partition)),
+        ):
+            order = found.argsort(1, descending=True)
+            rank = order.argsort(1).gather(1, labels[truth])
+            looked = torch.bincount(labels, minlength=nlist)[order].float().mean(0).cumsum(0)
+            row: dict[str, Any] = {"seed": seed, "nlist": nlist, "by": kind}
+            for nprobe in (8, 32):
+                row[f"finds_{nprobe}"] = round(float((rank < nprobe).float().mean()), 4)
+                row[f"rows_{nprobe}"] = round(float(looked[nprobe - 1]))
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["codes", "lists", "isotropic"])
+    parser.add_argument("part", choices=["codes", "lists", "routes", "isotropic"])
     parser.add_argument("vectors", type=Path, nargs="?")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--queries", type=int, default=1000)
@@ -136,6 +165,8 @@ def main() -> None:
         shape = {"n": len(x), "dim": args.dim, "queries": len(query)}
         if args.part == "codes":
             measured = codes(x, query, [1, 2, 3, 4, 8], ["oblivious", "centred", "adapted"])
+        elif args.part == "routes":
+            measured = routes(x, query)
         else:
             measured = lists(x, query, [2, 4])
         rows = [shape | row for row in measured]
