@@ -54,6 +54,8 @@ def _put(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("lists.starts", lambda t: t[:-1], "lists.starts must be"),
         ("lists.tail", lambda t: torch.full((2,), 9, dtype=torch.int32), "lists.(tail|starts)"),
         ("lists.centroids", lambda t: t[:, 1:], "lists.centroids must be"),
+        ("lists.spreads", lambda t: t[1:], "lists.spreads must be"),
+        ("lists.spreads", _put(0, float("nan")), "lists.spreads must be finite"),
         ("packed0", lambda t: t[1:], "packed0 must be"),
         ("packed0", lambda t: t[:, :-1], "packed0 must be"),
         ("scales", lambda t: t.float(), "scales must be torch.float16"),
