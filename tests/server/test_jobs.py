@@ -106,6 +106,20 @@ def until_closed(job: Any) -> str:
     return job.state
 
 
+def test_a_cancelled_job_stays_until_it_is_deleted_once_more(
+    client: TestClient, tmp_path: Path
+) -> None:
+    held = Held()
+    job = client.app.state.server.jobs.start("held", held, tmp_path / "a")  # type: ignore[attr-defined]
+    path = f"/v1/jobs/{job.id}"
+    assert held.started.wait(10)
+    assert client.delete(path).status_code == 202
+    assert until_closed(job) == "cancelled"
+    assert client.get(path).json()["state"] == "cancelled"
+    assert client.delete(path).status_code == 200
+    assert client.get(path).status_code == 404
+
+
 def test_a_running_job_ends_when_it_is_cancelled(jobs: Jobs, tmp_path: Path) -> None:
     held = Held()
     job = jobs.start("held", held, tmp_path / "a")

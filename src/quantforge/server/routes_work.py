@@ -179,7 +179,12 @@ async def get_result(id: str, server: Running) -> Response:
     return answer_of(job.answer)
 
 
-@router.delete(JOB)
-async def delete_job(id: str, server: Running) -> JobInfo:
-    """Cancel a job, or forget one that has ended."""
-    return server.jobs.cancel(id).info()
+@router.delete(
+    JOB, responses={202: {"model": JobInfo, "description": "Cancelled; it stays in the list"}}
+)
+async def delete_job(id: str, server: Running, response: Response) -> JobInfo:
+    """Cancel a job, which stays until it is deleted once more, or forget one that has ended."""
+    job = server.jobs.cancel(id)
+    is_kept = any(other is job for other in server.jobs.all())
+    response.status_code = 202 if is_kept else 200
+    return job.info()
