@@ -25,9 +25,7 @@ FUNCTIONS = {F.scaled_dot_product_attention: ATTENTION, F.linear: LINEAR}
 KERNEL_NAMES = (
     (
         ATTENTION,
-        re.compile(
-            r"flash|fmha|sdpa|attention|decode_kernel|project_kernel|merge_kernel", re.IGNORECASE
-        ),
+        re.compile(r"flash|fmha|sdpa|attention|decode_kernel|merge_kernel", re.IGNORECASE),
     ),
     (APPEND, re.compile(r"index_copy|index_put|_append|CatArray", re.IGNORECASE)),
     (LINEAR, re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|_mm_", re.IGNORECASE)),

@@ -227,6 +227,16 @@ def test_sizes(dense: int, tokens: int, where: tuple, poison: None) -> None:
     check(Case(tokens=tokens, dense=dense, sinks=min(4, dense)), where)
 
 
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize(
+    "features", ["statistics per head", "soft cap with shift", "a mask and lengths"]
+)
+@pytest.mark.parametrize(("k", "v"), [("qr", "qr"), ("none", "hadamard"), ("hadamard", "qr")])
+def test_rotations(k: Any, v: Any, features: str, where: tuple, poison: None) -> None:
+    specs = (QuantSpec(128, 4, rotation=rotation) for rotation in (k, v))
+    check(Case(**FEATURES[features], k=next(specs), v=next(specs)), where)
+
+
 FEATURES: dict[str, dict[str, Any]] = {
     "shared statistics": {"statistic": "shared"},
     "statistics per head": {"statistic": "per_head"},

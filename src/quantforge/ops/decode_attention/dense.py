@@ -6,17 +6,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from quantforge.ops.decode_attention.tiles import nothing, online, soft_cap
+from quantforge.ops.decode_attention.tiles import online, soft_cap
 
 
 @gluon.jit
 def dense_rows(
-    query, key, value, begin, end, n_tokens, n_sinks, rows, q_len,
+    m, mass, acc, query, key, value, begin, end, n_tokens, n_sinks, rows, q_len,
     last_seen, visible_from, mask_row, softcap, scale, query_h, query_q, key_n, value_n, group,
     D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, SOFTCAP: gl.constexpr, VC: gl.constexpr,
     MMA: gl.constexpr,
 ):  # fmt: skip
-    """Attend to sinks and recent tokens [begin, end) in the model's dtype, 16 at a time."""
+    """Attend to sinks and recent tokens [begin, end) in the model's dtype, 16 at a time.
+
+    Goes on from, and returns, the maximum, mass and sums of what was seen before.
+    """
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -26,7 +29,6 @@ def dense_rows(
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VC, VC // 8], [1, 1], [1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, VC // 8, [1, 0])
     dtype: gl.constexpr = key.dtype.element_ty
-    m, mass, acc = nothing(N, DV // VC, VC, MMA)
     d = gl.arange(0, D, gl.SliceLayout(1, QUERY))
     row = group * N + gl.arange(0, N, gl.SliceLayout(0, QUERY))
     q_at = query + row // q_len * query_h + row % q_len * query_q

@@ -36,6 +36,7 @@ from quantforge.ops.decode_attention.tiles import (
     token_of_row,
     write,
 )
+from quantforge.ops.decode_attention.turn import load_query, restore
 
 # a change of these must not compile the kernel again
 LENGTHS = [
@@ -43,47 +44,50 @@ LENGTHS = [
     "n_dense",
     "n_sinks",
     "window",
-    "dense_slots",
-    "dense_per_split",
-    "pages_per_split",
+    "per_split",
+    "n_pages",
     "pages_per_row",
     "rows",
     "q_len",
-    "row_block",
 ]
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    projected, query_scale, shift_logits, query, k_pages, v_pages, k_table, v_table,
+    query, k_equalizer, k_shift, k_turn, k_pages, v_pages, k_table, v_table,
+    v_equalizer, v_shift, v_turn,
     page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, out, lse,
-    n_tokens, n_dense, n_sinks, window, dense_slots, dense_per_split, pages_per_split,
-    pages_per_row, rows, q_len, row_block, softcap, dense_scale,
-    query_b, query_h, query_q, kd_b, kd_h, kd_n, vd_b, vd_h, vd_n, mask_b, mask_h, mask_q,
+    n_tokens, n_dense, n_sinks, window, per_split, n_pages, pages_per_row, rows, q_len,
+    softcap, scale,
+    query_b, query_h, query_q, ke_b, ke_h, ks_b, ks_h, ve_b, ve_h, vs_b, vs_h,
+    kd_b, kd_h, kd_n, vd_b, vd_h, vd_n, mask_b, mask_h, mask_q,
     HKV: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, N: gl.constexpr, T: gl.constexpr,
     K_BITS: gl.constexpr, V_BITS: gl.constexpr, K_E4M3: gl.constexpr, V_E4M3: gl.constexpr,
     SOFTCAP: gl.constexpr, WINDOW: gl.constexpr, CAUSAL: gl.constexpr,
     HAS_DENSE: gl.constexpr, PDL: gl.constexpr,
     K_PTX: gl.constexpr, K_OPERANDS: gl.constexpr, V_PTX: gl.constexpr, V_OPERANDS: gl.constexpr,
     LOAD: gl.constexpr, HALVE: gl.constexpr, K_PLANE1: gl.constexpr, V_PLANE1: gl.constexpr,
-    SCALES: gl.constexpr, VC: gl.constexpr,
+    SCALES: gl.constexpr, VC: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """Attend N query rows of one key head to one range of keys.
 
-    Grid: (groups of N rows, splits, B * Hkv). A program takes `pages_per_split` pages, and one of
-    the first `dense_slots` also `dense_per_split` dense rows. Writes normalized outputs (B * Hkv,
-    slots, rows, DV) and log2-sum-exps: `dense_slots` of dense rows, then one of pages for each
-    split. Where nothing was visible only a log-sum-exp of -inf is written.
+    Grid: (groups of N rows, splits, B * Hkv). A program takes `per_split` of `n_pages` pages and,
+    behind them, of as many units of UNIT dense rows as there are. Writes normalized outputs (B *
+    Hkv, splits, rows, DV) and log2-sum-exps; where nothing was visible only a log-sum-exp of -inf.
+    `softcap` and `scale` are in units of log2.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]
     )
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     COL: gl.constexpr = gl.SliceLayout(0, MMA)
+    if PDL:
+        dependency(WAIT)
     group = gl.program_id(0)
     split = gl.program_id(1)
     head = gl.program_id(2)
     b = head // HKV
+    kv_head = head % HKV
     if seqlens is not None:
         n_tokens = gl.load(seqlens + b)
     if dense_lens is not None:
@@ -104,21 +108,7 @@ def decode_kernel(
     if mask is not None:
         query_head = head % HKV * (rows // q_len) + gl.minimum(row, rows - 1) // q_len
         mask_row = mask + b.to(gl.int64) * mask_b + query_head * mask_h + row % q_len * mask_q
-    kv_head = head % HKV
-    slots = dense_slots + gl.num_programs(1)
-    if HAS_DENSE and split < dense_slots:
-        m, mass, acc = dense_rows(
-            query + b * query_b + kv_head * (rows // q_len) * query_h,
-            k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
-            v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
-            split * dense_per_split, gl.minimum((split + 1) * dense_per_split, n_dense),
-            n_tokens, n_sinks, rows, q_len, last_seen, visible_from, mask_row,
-            softcap, dense_scale, query_h, query_q, kd_n, vd_n, group,
-            D, DV, N, SOFTCAP, VC, MMA,
-        )  # fmt: skip
-        at = (head * slots + split).to(gl.int64) * rows + row
-        write(out, lse, at, row < rows, m, mass, acc, DV, VC, ROW)
-
+    query += b.to(gl.int64) * query_b + kv_head * (rows // q_len) * query_h
     m, mass, acc = nothing(N, DV // VC, VC, MMA)
     KP: gl.constexpr = 2 if K_BITS == 4 else 4
     VP: gl.constexpr = 2 if V_BITS == 4 else 4
@@ -127,10 +117,12 @@ def decode_kernel(
     TP: gl.constexpr = T // VP  # tokens of a part
     K_AT: gl.constexpr = T * D * K_BITS // 8
     V_AT: gl.constexpr = T * DV * V_BITS // 8
+    K_BYTES: gl.constexpr = K_AT + 2 * T
+    V_BYTES: gl.constexpr = V_AT + 2 * T
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-    first = split * pages_per_split
-    last = gl.minimum(first + pages_per_split, (n_tokens + T - 1) // T)
+    first = split * per_split
+    last = gl.minimum(gl.minimum(first + per_split, n_pages), (n_tokens + T - 1) // T)
     if start > n_sinks:  # pages that no row can see
         first = gl.maximum(first, (start - n_sinks) // T)
     if WINDOW:
@@ -179,8 +171,6 @@ def decode_kernel(
             v_offsets1 = DV * VW + (r[:, None] * 16 + c[None, :])
             v_shared1 = gl.allocate_shared_memory(gl.uint8, [DV, 16], SHARED1)
 
-        K_BYTES: gl.constexpr = K_AT + 2 * T
-        V_BYTES: gl.constexpr = V_AT + 2 * T
         kv_pages = (page_table, b * pages_per_row, last - 1, HKV, kv_head)
         copy_page(
             k_shared, k_shared1, k_scales, page_at(k_pages, first, kv_pages, K_BYTES),
@@ -190,19 +180,16 @@ def decode_kernel(
             v_shared, v_shared1, v_scales, page_at(v_pages, first, kv_pages, V_BYTES),
             v_offsets, v_offsets1, s_offsets, first < last, V_AT, V_BITS,
         )  # fmt: skip
-        if PDL:  # pages do not depend on the launch before, the query does
-            dependency(WAIT)
-        d = gl.arange(0, KW, gl.SliceLayout(1, B))
-        column = gl.arange(0, N, gl.SliceLayout(0, B))
-        at = projected + (head.to(gl.int64) * row_block + group * N) * D
-        at = at + column[None, :] * D + d[:, None]
-        q = ()
-        for i in gl.static_range(KP):
-            q = q + (gl.load(at + i * KW),)
-        q_scale = gl.load(query_scale + head * (row_block // 16) + group * N // 16)
-        shifted = gl.zeros((N,), gl.float32, COL)
-        if SOFTCAP and shift_logits is not None:
-            shifted = gl.load(shift_logits + head * rows + row, mask=row < rows, other=0.0)
+        if k_equalizer is not None:
+            k_equalizer += b * ke_b + kv_head * ke_h
+        if k_shift is not None:
+            k_shift += b * ks_b + kv_head * ks_h
+        q_row = group * N + gl.arange(0, N, gl.SliceLayout(0, B))
+        q_at = query + q_row // q_len * query_h + q_row % q_len * query_q
+        q, q_scale, shifted = load_query(
+            q_at, q_row < rows, k_equalizer, k_shift, k_turn, scale, KW, KP, N, B
+        )
+        shifted = gl.convert_layout(shifted, COL)
 
         for p in range(first, last):
             async_copy.wait_group(1)
@@ -275,9 +262,25 @@ def decode_kernel(
                 v_offsets, v_offsets1, s_offsets, p + 1 < last, V_AT, V_BITS,
             )  # fmt: skip
         async_copy.wait_group(0)
-    elif PDL:
-        dependency(WAIT)
+        if k_shift is not None and not SOFTCAP:
+            m = m + shifted  # the same for all packed keys
+        if v_equalizer is not None:
+            v_equalizer += b * ve_b + kv_head * ve_h
+        if v_shift is not None:
+            v_shift += b * vs_b + kv_head * vs_h
+        acc = restore(acc, gl.sum(mass, 0), v_equalizer, v_shift, v_turn, VC, DV // VC, ROW)
+    dense_end = (split * per_split + per_split - n_pages) * UNIT
+    if HAS_DENSE and dense_end > 0:
+        m, mass, acc = dense_rows(
+            m, mass, acc, query,
+            k_dense + b.to(gl.int64) * kd_b + kv_head.to(gl.int64) * kd_h,
+            v_dense + b.to(gl.int64) * vd_b + kv_head.to(gl.int64) * vd_h,
+            gl.maximum(dense_end - per_split * UNIT, 0), gl.minimum(dense_end, n_dense),
+            n_tokens, n_sinks, rows, q_len, last_seen, visible_from, mask_row,
+            softcap, scale, query_h, query_q, kd_n, vd_n, group,
+            D, DV, N, SOFTCAP, VC, MMA,
+        )  # fmt: skip
     if PDL:  # not earlier: programs of the merge would sit where others still work
         dependency(RELEASE)
-    at = (head * slots + dense_slots + split).to(gl.int64) * rows + row
+    at = (head * gl.num_programs(1) + split).to(gl.int64) * rows + row
     write(out, lse, at, row < rows, m, mass, acc, DV, VC, ROW)

@@ -1,6 +1,6 @@
-"""Launcher of the fused decode kernel: rotate the query, attend split by split, merge.
+"""Launcher of the fused decode kernel: attend split by split, merge.
 
-Three launches whatever the length. The grid depends on shapes and host-side lengths only; with
+Two launches whatever the length. The grid depends on shapes and host-side lengths only; with
 lengths on the device it covers the capacity, and programs beyond a row's length return at once, so
 a captured graph stays valid while the rows grow.
 """
@@ -16,21 +16,23 @@ import torch
 from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
 from quantforge.ops import constants
 from quantforge.ops.decode_attention import extend
-from quantforge.ops.decode_attention.edges import merge_kernel, project_kernel
 from quantforge.ops.decode_attention.lookup import HALVE, LOAD_BY_LANE, lookup
+from quantforge.ops.decode_attention.splits import merge_kernel
 from quantforge.ops.launch import cannot_run_on, capability, multiprocessors
+from quantforge.ops.merge import merge_partials
 from quantforge.ops.pages import lookup_table
+from quantforge.ops.statistics import equalize_query, restore
 from quantforge.spec import QuantSpec
 
 LOG2E = 1.4426950408889634
-TILE = 16
-"""Tokens in a tile of a tensor core."""
-COLUMNS = (32, 128)
-"""Columns of a rotation that a projecting program holds: few while programs are few."""
+DENSE_UNIT = 32
+"""Dense rows that take a program as long as a page."""
 MERGE_NUMBERS = 1 << 11
 """Numbers of partial results that a warp of a merging program holds at a time."""
-MERGE_WARPS = (4, 16)
-"""Least and most warps of a merging program: with enough of them all slots are read at once."""
+MERGE_WARPS = 16
+"""Most warps of a merging program: with enough of them all splits are read at once."""
+MERGE_COLUMNS = 32
+"""Least columns of a merging program: 128 bytes, which memory reads at once."""
 VALUE_CHANNELS = 32
 """Channels of values decoded at a time: bounds the registers in flight."""
 
@@ -40,25 +42,24 @@ class Tuning:
     """How to run one combination of codes.
 
     Attributes:
-        max_registers: per thread for 8 query rows, or None for the compiler's choice; 16 rows need
-            more than half of a thread's registers, and the compiler chooses.
+        registers: most per thread for 8 and for 16 query rows; None for the compiler's choice.
         programs: per multiprocessor, for the number of splits.
         pages: least number in a split.
     """
 
-    max_registers: int | None
-    programs: int
+    registers: tuple[int | None, int | None]
+    programs: tuple[int, int]
     pages: int
 
 
 # by key bits and e4m3; NVIDIA H200, triton 3.6.0, 2026-11-24: 8 x 32768 tokens, 8 KV heads, dim 128
 TUNING = {
-    (2, False): Tuning(128, 16, 2),
-    (2, True): Tuning(128, 16, 2),
-    (3, False): Tuning(128, 16, 2),
-    (3, True): Tuning(128, 16, 2),
-    (4, False): Tuning(128, 16, 4),
-    (4, True): Tuning(128, 16, 4),
+    (2, False): Tuning((128, None), (16, 8), 2),
+    (2, True): Tuning((128, None), (16, 8), 2),
+    (3, False): Tuning((128, None), (16, 8), 2),
+    (3, True): Tuning((128, None), (16, 8), 2),
+    (4, False): Tuning((128, None), (16, 8), 4),
+    (4, True): Tuning((128, None), (16, 8), 4),
 }
 
 
@@ -99,16 +100,15 @@ class Plan:
         tuning: how to run it.
         constants: compile-time arguments of the fused kernel.
         tables: lookup tables of keys and values; None for values: that of the keys.
-        rotations: of keys and values, fp16, for Hadamard rotations in units of `units`.
-        units: factors of the rotations.
+        turns: of keys and values, d of R = H diag(d) with a Hadamard matrix H; None where one of
+            the rotations is of another kind.
     """
 
     layout: PageLayout
     tuning: Tuning
     constants: dict[str, object]
     tables: tuple[torch.Tensor, torch.Tensor | None]
-    rotations: tuple[torch.Tensor, torch.Tensor]
-    units: tuple[float, float]
+    turns: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @lru_cache
@@ -161,25 +161,22 @@ def plan_of(k_spec_key: str, v_spec_key: str, device: torch.device) -> Plan:
         "V_PLANE1": plane1(VALUE_CHANNELS),
         "SCALES": scales(layout.tokens),
         "VC": VALUE_CHANNELS,
+        "UNIT": DENSE_UNIT,
     }
+    turns = k_spec.rotation == v_spec.rotation == "hadamard"
     return Plan(
         layout,
         TUNING[k_spec.bits, k_spec.codebook == "e4m3"],
         compile_time,
         (k_table, None if torch.equal(k_table, v_table) else v_table),
-        (_rotation(k_spec, device)[0], _rotation(v_spec, device)[0]),
-        (_rotation(k_spec, device)[1], _rotation(v_spec, device)[1]),
+        (_turn(k_spec, device), _turn(v_spec, device)) if turns else None,
     )
 
 
 @constants.cached_constant
-def _rotation(spec: QuantSpec, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Return a rotation as an fp16 matrix and its unit: a Hadamard matrix is +-1, exactly."""
-    unit = spec.dim**-0.5 if spec.rotation == "hadamard" else 1.0
-    matrix = constants.rotation(spec, spec.seed, device) / unit
-    if spec.rotation == "hadamard":
-        matrix = matrix.round()
-    return matrix.to(torch.float16), unit
+def _turn(spec: QuantSpec, device: torch.device) -> torch.Tensor:
+    """Return d (dim,) of a randomized Hadamard rotation R = H diag(d)."""
+    return constants.signs(spec.dim, spec.seed, device)[:, 0] * spec.dim**-0.5
 
 
 def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
@@ -199,30 +196,11 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-class Cut(NamedTuple):
-    """How the rows of a batch are shared by programs.
-
-    Attributes:
-        splits: programs for a group of query rows.
-        pages: of each of them.
-        dense: dense rows of each of the first `dense_slots`, a multiple of a tile.
-        dense_slots: how many of them have dense rows.
-    """
-
-    splits: int
-    pages: int
-    dense: int
-    dense_slots: int
-
-
-def _cut(n_pages: int, n_dense: int, groups: int, tuning: Tuning, device: torch.device) -> Cut:
-    """Cut rows into splits so that all programs fit on the GPU at once."""
-    most = max(tuning.programs * multiprocessors(device) // max(groups, 1), 1)
-    pages = max(_ceil_div(n_pages, most), tuning.pages)
-    splits = max(_ceil_div(n_pages, pages), min(_ceil_div(n_dense, 2 * TILE), most))
-    pages = _ceil_div(n_pages, max(splits, 1))
-    dense = _ceil_div(n_dense, max(splits, 1) * TILE) * TILE
-    return Cut(splits, pages, dense, _ceil_div(n_dense, max(dense, 1)))
+def _cut(n_pages: int, n_dense: int, most: int, least_pages: int) -> tuple[int, int]:
+    """Return splits, at most `most` and equal, and pages (or units of dense rows) of each."""
+    units = n_pages + _ceil_div(n_dense, DENSE_UNIT)
+    per_split = max(_ceil_div(units, most), min(least_pages, n_pages), 1)
+    return _ceil_div(units, per_split), per_split
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
@@ -262,14 +240,9 @@ def decode_attention(
     v_spec_key: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Implement `quantforge::decode_attention` on NVIDIA GPUs."""
-    from quantforge.ops.decode_attention.fused import decode_kernel
-
-    device = query.device
-    plan = plan_of(k_spec_key, v_spec_key, device)
-    layout, tuning, pdl = plan.layout, plan.tuning, bool(plan.constants["PDL"])
-    batch, heads, q_len, dim = query.shape
+    plan = plan_of(k_spec_key, v_spec_key, query.device)
     kv_heads = k_pages.shape[1]
-    rows = heads // kv_heads * q_len
+    rows = query.shape[1] // kv_heads * query.shape[2]
     if rows >= extend.MIN_ROWS:
         varying = (seqlens, dense_lens, starts, mask)
         varies = any(t is not None for t in varying) or softcap != 0 or window != 0
@@ -281,65 +254,166 @@ def decode_attention(
                 query, k_pages, v_pages, page_table, n_tokens, k_dense, v_dense, n_dense,
                 is_causal, k_shift, k_equalizer, v_shift, v_equalizer, scale, *key_value,
             )  # fmt: skip
-    width = 8 if rows <= 8 else 16
-    groups = _ceil_div(rows, width)
-    key_heads = batch * kv_heads
+    places = Places(
+        page_table, seqlens, n_tokens, starts, dense_lens, n_dense, n_sinks, mask, is_causal, window
+    )
+    packed = Segment(k_pages, v_pages, k_equalizer, k_shift, v_equalizer, v_shift)
+    if plan.turns is not None:
+        return _attend(query, packed, k_dense, v_dense, places, scale, softcap, plan)
+    return _attend_by_matrix(
+        query, packed, k_dense, v_dense, places, scale, softcap, plan, k_spec_key, v_spec_key
+    )
 
-    pages_per_row = page_table.shape[1] if page_table is not None else len(k_pages) // batch
-    n_pages = pages_per_row if seqlens is not None else _ceil_div(n_tokens, layout.tokens)
+
+class Places(NamedTuple):
+    """Which tokens there are and who sees them: arguments of `decode_attention` as they came."""
+
+    page_table: torch.Tensor | None
+    seqlens: torch.Tensor | None
+    n_tokens: int
+    starts: torch.Tensor | None
+    dense_lens: torch.Tensor | None
+    n_dense: int
+    n_sinks: int
+    mask: torch.Tensor | None
+    is_causal: bool
+    window: int
+
+
+class Segment(NamedTuple):
+    """Pages of keys and values and their statistics."""
+
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    k_equalizer: torch.Tensor | None = None
+    k_shift: torch.Tensor | None = None
+    v_equalizer: torch.Tensor | None = None
+    v_shift: torch.Tensor | None = None
+
+
+def _attend(
+    query: torch.Tensor,
+    packed: Segment,
+    k_dense: torch.Tensor | None,
+    v_dense: torch.Tensor | None,
+    places: Places,
+    scale: float,
+    softcap: float,
+    plan: Plan,
+    *,
+    has_pages: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to pages (not without `has_pages`) and dense rows; outputs in the query's dtype."""
+    from quantforge.ops.decode_attention.fused import decode_kernel
+
+    device, layout, tuning = query.device, plan.layout, plan.tuning
+    pdl = bool(plan.constants["PDL"])
+    batch, heads, q_len, _ = query.shape
+    kv_heads, v_dim = packed.k_pages.shape[1], layout.value_dim
+    rows = heads // kv_heads * q_len
+    width = 8 if rows <= 8 else 16
+    groups, key_heads = _ceil_div(rows, width), batch * kv_heads
+    page_table, mask = places.page_table, places.mask
+    pages_per_row = page_table.shape[1] if page_table is not None else len(packed.k_pages) // batch
+    n_pages = pages_per_row
+    if places.seqlens is None:
+        n_pages = _ceil_div(places.n_tokens, layout.tokens)
     dense_rows = 0
     if k_dense is not None:
-        dense_rows = k_dense.shape[2] if dense_lens is not None else n_dense
-    cut = _cut(n_pages, dense_rows, batch * kv_heads * groups, tuning, device)
-    slots = cut.dense_slots + cut.splits
+        dense_rows = places.n_dense if places.dense_lens is None else k_dense.shape[2]
+    fit = tuning.programs[width == 16] * multiprocessors(device)  # on the GPU at once
+    most = max(fit // max(key_heads * groups, 1), 1)
+    n_pages = n_pages if has_pages else 0
+    n_splits, per_split = _cut(n_pages, dense_rows, most, tuning.pages)
 
-    out = query.new_empty((batch, heads, q_len, v_dim := plan.rotations[1].shape[0]))
+    out = query.new_empty((batch, heads, q_len, v_dim))
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if slots == 0:
+    if n_splits == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    padded = groups * width
-    row_block = _ceil_div(padded, 16) * 16
-    projected = query.new_empty((key_heads, row_block, dim), dtype=torch.float16)
-    query_scale = lse.new_empty((key_heads, row_block // 16))
-    shift_logits = lse.new_empty((key_heads, rows)) if k_shift is not None else None
-    columns = min(COLUMNS[key_heads > 2 * multiprocessors(device)], dim)
-    project_kernel[(key_heads, dim // columns, row_block // 16)](
-        query, plan.rotations[0], k_equalizer, k_shift, projected, query_scale, shift_logits,
-        rows, q_len, scale, plan.units[0], *query.stride()[:3], *_strides(k_equalizer),
-        *_strides(k_shift),
-        HKV=kv_heads, D=dim, ROWS=row_block, COLUMNS=columns,
-        PDL=pdl, launch_pdl=pdl,
-    )  # fmt: skip
-    partial = lse.new_empty((key_heads, slots, rows, v_dim))
-    partial_lse = lse.new_empty((key_heads, slots, rows))
+    partial = lse.new_empty((key_heads, n_splits, rows, v_dim))
+    partial_lse = lse.new_empty((key_heads, n_splits, rows))
     dense_strides = (0,) * 6
     if k_dense is not None and v_dense is not None:
         dense_strides = (*k_dense.stride()[:3], *v_dense.stride()[:3])
-    decode_kernel[(groups, cut.splits, key_heads)](
-        projected, query_scale, shift_logits if softcap else None, query, k_pages, v_pages,
-        *plan.tables, page_table, seqlens, starts, dense_lens, k_dense, v_dense, mask, partial,
-        partial_lse, n_tokens, n_dense if k_dense is not None else 0, n_sinks, window,
-        cut.dense_slots, cut.dense, cut.pages, pages_per_row, rows, q_len, row_block,
-        softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *dense_strides,
-        *_mask_strides(mask),
-        HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=window != 0, CAUSAL=is_causal,
-        HAS_DENSE=k_dense is not None, **plan.constants,
-        num_warps=1, maxnreg=tuning.max_registers if width == 8 else None, launch_pdl=pdl,
+    k_turn, v_turn = plan.turns or (None, None)
+    decode_kernel[(groups, n_splits, key_heads)](
+        query, packed.k_equalizer, packed.k_shift, k_turn, packed.k_pages, packed.v_pages,
+        *plan.tables, packed.v_equalizer, packed.v_shift, v_turn,
+        page_table, places.seqlens, places.starts, places.dense_lens, k_dense, v_dense, mask,
+        partial, partial_lse, places.n_tokens, places.n_dense, places.n_sinks, places.window,
+        per_split, n_pages, pages_per_row, rows, q_len,
+        softcap * LOG2E, scale * LOG2E, *query.stride()[:3], *_strides(packed.k_equalizer),
+        *_strides(packed.k_shift), *_strides(packed.v_equalizer), *_strides(packed.v_shift),
+        *dense_strides, *_mask_strides(mask),
+        HKV=kv_heads, N=width, SOFTCAP=softcap != 0, WINDOW=places.window != 0,
+        CAUSAL=places.is_causal, HAS_DENSE=k_dense is not None, **plan.constants,
+        num_warps=1, maxnreg=tuning.registers[width == 16], launch_pdl=pdl,
     )  # fmt: skip
-    block = min(_power_of_two(rows), 16)
-    while block > 1 and key_heads * _ceil_div(rows, block) < 2 * multiprocessors(device):
-        block //= 2
-    splits = _power_of_two(slots)
-    least, most = MERGE_WARPS
-    warps = min(max(splits * block * v_dim // MERGE_NUMBERS, least), most)
-    merge_kernel[(_ceil_div(rows, block), key_heads)](
-        partial, partial_lse, None if softcap else shift_logits, plan.rotations[1], v_equalizer,
-        v_shift, out, lse, slots, cut.dense_slots, rows, plan.units[1],
-        *_strides(v_equalizer), *_strides(v_shift),
-        HKV=kv_heads, DV=v_dim, ROWS=block, SPLITS=splits,
-        CHUNK=max(min(warps * MERGE_NUMBERS // (block * v_dim), splits), 1),
+    block, columns, warps = _merge_shape(rows, key_heads, v_dim, n_splits, device)
+    splits = _power_of_two(n_splits)
+    merge_kernel[(_ceil_div(rows, block), v_dim // columns, key_heads)](
+        partial, partial_lse, out, lse, n_splits, rows,
+        DV=v_dim, ROWS=block, COLUMNS=columns, SPLITS=splits,
+        CHUNK=max(min(warps * MERGE_NUMBERS // (block * columns), splits), 1),
         PDL=pdl, num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
+
+
+def _merge_shape(
+    rows: int, key_heads: int, dim: int, splits: int, device: torch.device
+) -> tuple[int, int, int]:
+    """Return query rows, columns and warps of a merging program: small ones that fill the GPU."""
+    block, columns, enough = 1, dim, 2 * multiprocessors(device)
+    splits = _power_of_two(splits)
+    while block < rows and key_heads * _ceil_div(rows, 2 * block) >= 2 * enough:
+        if 2 * block * splits * dim > 2 * MERGE_NUMBERS:
+            break
+        block *= 2
+    while columns > MERGE_COLUMNS and key_heads * rows * (dim // columns) < enough:
+        columns //= 2
+    warps = _power_of_two(_ceil_div(block * splits * columns, MERGE_NUMBERS))
+    return block, columns, min(warps, MERGE_WARPS)
+
+
+def _attend_by_matrix(
+    query: torch.Tensor,
+    packed: Segment,
+    k_dense: torch.Tensor | None,
+    v_dense: torch.Tensor | None,
+    places: Places,
+    scale: float,
+    softcap: float,
+    plan: Plan,
+    k_spec_key: str,
+    v_spec_key: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend where a rotation is a matrix: turned by torch, pages and dense rows apart."""
+    k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
+    batch, heads, q_len, dim = query.shape
+    kv_heads = packed.k_pages.shape[1]
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    rotation = constants.rotation(k_spec, k_spec.seed, query.device)
+    turned = (equalize_query(grouped, packed.k_equalizer) @ rotation.T).view(query.shape)
+    shift = packed.k_shift
+    if shift is not None:  # q . shift = (R equalizer q) . (R shift / equalizer)
+        shift = shift.to(torch.float32)
+        if packed.k_equalizer is not None:
+            shift = shift / packed.k_equalizer.to(torch.float32)
+        shift = shift @ rotation.T
+    bare = Segment(packed.k_pages, packed.v_pages, k_shift=shift)
+    sums, lse = _attend(turned, bare, None, None, places, scale, softcap, plan)
+    sums = sums.view(batch, kv_heads, -1, v_spec.dim)
+    sums = sums @ constants.rotation(v_spec, v_spec.seed, query.device)
+    seen = (lse > -torch.inf).to(torch.float32).view(batch, kv_heads, -1, 1)
+    out = restore(sums, packed.v_shift, packed.v_equalizer, seen)
+    out = out.view(batch, heads, q_len, v_spec.dim)
+    if k_dense is not None:
+        both = [(out, lse)]
+        both += [
+            _attend(query, bare, k_dense, v_dense, places, scale, softcap, plan, has_pages=False)
+        ]
+        out, lse = merge_partials(both), torch.logaddexp(lse, both[1][1])
+    return out.to(query.dtype), lse

@@ -15,7 +15,7 @@ Static caches (`window_append`)
 Products (`scores`, `search`, `combine`)
     decode, query, rows, products, score, select
     mixed          runs of rows with different bits in groups of channels (`mixed_search`)
-Attention
+Attention on rows
     byte_lookup    centroids of a tile of bytes that may be transposed and converted afterwards
     attend         query rows through a share of the tokens; the merge of shares
     chunk          a chunk of the history for a dense kernel, and the merge of chunks
