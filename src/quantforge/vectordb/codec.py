@@ -254,9 +254,12 @@ class Codec:
         scales = coded.scales[:, 0].float()
         found = torch.empty(len(x), len(decoded), device=x.device)
         labels = torch.zeros(len(decoded), dtype=torch.int64) if lists is None else lists.cpu()
-        for label in labels.unique().tolist():
-            rows = (labels == label).nonzero()[:, 0]
-            p = self._unmix((x - self.centres[label]) @ self.dual.T)
+        distinct, place = labels.unique(return_inverse=True)
+        seen = self._unmix((x - self.mean) @ self.dual.T)
+        centres = self._unmix((self.centres[distinct] - self.mean) @ self.dual.T)
+        for i, centre in enumerate(centres):
+            rows = (place == i).nonzero()[:, 0]
+            p = seen - centre
             along = (p * self.errors) @ pull[rows].T
             variance = (p.square() @ self.errors)[:, None] - along.square() * known[rows]
             found[:, rows] = variance.clamp_min(0).sqrt() * scales[rows]

@@ -228,9 +228,7 @@ def nearest_lists(
 
 
 def _ordered(routes: torch.Tensor, count: int) -> torch.Tensor:
-    if (
-        len(routes) == 1 and routes.device.type == "cpu"
-    ):  # few numbers: what counts is how many calls
+    if len(routes) == 1 and routes.device.type == "cpu":  # so few numbers cost less than calls
         return routes.sort(dim=1, descending=True, stable=True).indices[:, :count]
     lists = torch.arange(routes.shape[1], device=routes.device)
     keys = keys_of(routes, lists).topk(count, dim=1).values
