@@ -206,6 +206,7 @@ class Ids:
         rising = bool((index[1:] > index[:-1]).all())
         moved = [_moved(run, index) for run in self._known()] if rising else []
         self._runs = tuple(run for run in moved if run.stop > run.start)
+        self._unchecked = False  # an order that a file says is gone now, or was checked
         if self._texts is not None:
             self._texts.keep(index)
         self.removed = Removed()
