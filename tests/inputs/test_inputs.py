@@ -283,3 +283,13 @@ def test_a_negative_length_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(said, lie))
     with pytest.raises(FormatError, match=r"'x' has the impossible shape \(300, -13\)"):
         open_vectors(path)
+
+
+def test_an_array_of_a_dtype_that_torch_cannot_compute_with(tmp_path: Path) -> None:
+    header = b'{"x": {"dtype": "F4", "shape": [8, 8], "data_offsets": [0, 32]}}'
+    body = len(header).to_bytes(8, "little") + header + bytes(32)
+    (tmp_path / "x.safetensors").write_bytes(body)
+    with pytest.raises(InputError, match=r"'x' F4 \(8, 8\)"):
+        open_vectors(tmp_path / "x.safetensors")
+    with pytest.raises(FormatError, match="'x' has the unsupported dtype F4"):
+        open_vectors(tmp_path / "x.safetensors", name="x")

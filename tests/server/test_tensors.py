@@ -170,6 +170,7 @@ REFUSED: dict[str, tuple[bytes, str, int, str]] = {
     ),
     "empty safetensors": (b"", SAFETENSORS, 400, "format"),
     "promises bytes": (header([10**6, 64]), SAFETENSORS, 400, "format"),
+    "4-bit floats": (header([8, 8], "F4", 32) + bytes(32), SAFETENSORS, 400, "format"),
     "great and empty": (header([2**40, 0], size=0), SAFETENSORS, 413, "too_large"),
     "long vectors": (npy(np.zeros((1, 70_000), np.float32)), NPY, 413, "too_large"),
     "QR of a long dim": (npy(np.zeros((1, 3001), np.float32)), NPY, 413, "too_large"),

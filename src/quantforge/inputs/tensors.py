@@ -46,6 +46,9 @@ def _load(path: Path, key: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
+        code = file.get_slice(key).get_dtype()
+        if code not in DTYPES:
+            raise FormatError(f"{path}: array {key!r} has the unsupported dtype {code}")
         return file.get_tensor(key)
 
 

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect
 from quantforge.arrays import open_npy
 from quantforge.errors import FormatError, InputError
 from quantforge.io import open_file
+from quantforge.io.header import DTYPE_CODES, DTYPES, MARKER
 from quantforge.server.errors import ApiError, first_problem, too_large
 from quantforge.server.settings import Settings
 from quantforge.tensor import QuantTensor
@@ -33,8 +34,6 @@ NPY = "application/x-npy"
 JSON = "application/json"
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 1024
-MARKER = "quantforge"
-"""Header entry of files that quantforge wrote."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -199,7 +198,14 @@ def _open_safetensors(path: Path, settings: Settings) -> Tensors:
                 raise too_large(f"at most {MAX_TENSORS} tensors; got {len(names)}",
                                 "send fewer at once")  # fmt: skip
             if MARKER not in metadata:
-                return Tensors({name: file.get_tensor(name) for name in names}, metadata)
+                values = {name: file.get_tensor(name) for name in names}
+                for name, value in values.items():
+                    if value.dtype not in DTYPE_CODES:
+                        raise FormatError(
+                            f"array {name!r} has the unsupported dtype {value.dtype}; known are "
+                            f"{', '.join(DTYPES)}"
+                        )
+                return Tensors(values, metadata)
     except (SafetensorError, RuntimeError, OverflowError, AttributeError) as error:
         # the last three: torch has no such tensor
         raise FormatError(f"the body is not a readable safetensors file: {error}") from error
