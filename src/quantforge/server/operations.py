@@ -18,10 +18,11 @@ from quantforge.arrays import CHUNK_NUMBERS, as_tensor, numpy_dtype, pieces
 from quantforge.config import QuantForgeConfig
 from quantforge.errors import FormatError, InputError
 from quantforge.io import create_file
+from quantforge.io.header import MARKER
 from quantforge.numerics.packing import packed_width
 from quantforge.ops.constants import rotation
 from quantforge.pipeline import QuantPipeline, Statistics
-from quantforge.server.bodies import MARKER, NPY, SAFETENSORS, Tensors
+from quantforge.server.bodies import NPY, SAFETENSORS, Tensors
 from quantforge.server.errors import too_large
 from quantforge.server.work import Answer, Download, Operation, Progress
 from quantforge.spec import QuantSpec
