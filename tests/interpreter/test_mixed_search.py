@@ -49,3 +49,21 @@ def test_equal_scores_are_ordered_by_row() -> None:
     same = (case.scales[:1].repeat(100, 1), case.offsets[:1].repeat(100))
     _, rows = mixed_search(case.query, packed, case.specs, *same, case.base, 4, impl="triton")
     assert torch.equal(rows, torch.arange(4).expand(2, 4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_visits_of_any_kind(seed: int) -> None:
+    """Ranges may be empty, without visitors, or out of order; queries may look at nothing."""
+    random = np.random.RandomState(seed)
+    n, q, count = random.randint(1, 120), random.randint(1, 6), random.randint(1, 12)
+    query, packed, specs, scales, offsets, _ = Case(((4, 32),), n, q).arguments
+    cuts = np.sort(random.randint(0, n + 1, count - 1))
+    ranges = np.stack([np.r_[0, cuts], np.r_[cuts, n]], 1)[random.permutation(count)]
+    which, who = np.nonzero(random.random_sample((count, q)) < (0, 0.15, 0.5, 0.1)[seed])
+    starts = torch.from_numpy(np.searchsorted(which, np.arange(count + 1)))
+    visits = Visits(torch.from_numpy(ranges), starts, torch.from_numpy(who))
+    base = torch.from_numpy(random.randn(len(who)).astype(np.float32))
+    rows = (query, packed, specs, scales, offsets, base, 5)
+    found = mixed_search(*rows, visits=visits, impl="triton")
+    expected = mixed_search(*rows, visits=visits, impl="eager")
+    assert all(map(torch.equal, found, expected))

@@ -7,60 +7,28 @@ a captured graph stays valid while the rows grow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from quantforge.numerics.pages import PageLayout, page_layout, why_no_pages
+from quantforge.numerics.pages import why_no_pages
 from quantforge.ops import constants
 from quantforge.ops.decode_attention import extend
-from quantforge.ops.decode_attention.lookup import HALVE, LOAD_BY_LANE, lookup
+from quantforge.ops.decode_attention.plan import (
+    Plan,
+    ceil_div,
+    cut,
+    merge_shape,
+    plan_of,
+)
 from quantforge.ops.decode_attention.splits import merge_kernel
 from quantforge.ops.launch import cannot_run_on, capability, multiprocessors
 from quantforge.ops.merge import merge_partials
-from quantforge.ops.pages import lookup_table
 from quantforge.ops.statistics import equalize_query, restore
 from quantforge.spec import QuantSpec
 
 LOG2E = 1.4426950408889634
-DENSE_UNIT = 32
-"""Dense rows that take a program as long as a page."""
-MERGE_NUMBERS = 1 << 11
-"""Numbers of partial results that a warp of a merging program holds at a time."""
-MERGE_WARPS = 16
-"""Most warps of a merging program: with enough of them all splits are read at once."""
-MERGE_COLUMNS = 32
-"""Least columns of a merging program: 128 bytes, which memory reads at once."""
-VALUE_CHANNELS = 32
-"""Channels of values decoded at a time: bounds the registers in flight."""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How to run one combination of codes.
-
-    Attributes:
-        registers: most per thread for 8 and for 16 query rows; None for the compiler's choice.
-        programs: per multiprocessor, for the number of splits.
-        pages: least number in a split.
-    """
-
-    registers: tuple[int | None, int | None]
-    programs: tuple[int, int]
-    pages: int
-
-
-# by key bits and e4m3; NVIDIA H200, triton 3.6.0, 2026-11-24: 8 x 32768 tokens, 8 KV heads, dim 128
-TUNING = {
-    (2, False): Tuning((128, None), (16, 8), 2),
-    (2, True): Tuning((128, None), (16, 8), 2),
-    (3, False): Tuning((128, None), (16, 8), 2),
-    (3, True): Tuning((128, None), (16, 8), 2),
-    (4, False): Tuning((128, None), (16, 8), 4),
-    (4, True): Tuning((128, None), (16, 8), 4),
-}
 
 
 def supports(query: torch.Tensor, *args: object) -> str | None:
@@ -91,127 +59,30 @@ def why_not(
     return None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a launch that the codes alone decide.
+class Places(NamedTuple):
+    """Which tokens there are and who sees them: arguments of `decode_attention` as they came."""
 
-    Attributes:
-        layout: of the pages.
-        tuning: how to run it.
-        constants: compile-time arguments of the fused kernel.
-        tables: lookup tables of keys and values; None for values: that of the keys.
-        turns: of keys and values, d of R = H diag(d) with a Hadamard matrix H; None where one of
-            the rotations is of another kind.
-    """
-
-    layout: PageLayout
-    tuning: Tuning
-    constants: dict[str, object]
-    tables: tuple[torch.Tensor, torch.Tensor | None]
-    turns: tuple[torch.Tensor, torch.Tensor] | None
+    page_table: torch.Tensor | None
+    seqlens: torch.Tensor | None
+    n_tokens: int
+    starts: torch.Tensor | None
+    dense_lens: torch.Tensor | None
+    n_dense: int
+    n_sinks: int
+    mask: torch.Tensor | None
+    is_causal: bool
+    window: int
 
 
-@lru_cache
-def plan_of(k_spec_key: str, v_spec_key: str, device: torch.device) -> Plan:
-    """Return the plan for two specs on a device."""
-    from triton.experimental.gluon import language as gl
+class Segment(NamedTuple):
+    """Pages of keys and values and their statistics."""
 
-    def plane1(rows: int) -> object:
-        """Bytes of plane 1 as operand A holds those of plane 0: four in a lane, 8 rows apart."""
-        registers = [[0, 1], [0, 2]] + [[1 << k, 0] for k in range(3, rows.bit_length() - 1)]
-        return gl.DistributedLinearLayout(
-            reg_bases=registers,
-            lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
-            warp_bases=[],
-            block_bases=[],
-            shape=[rows, 16],
-        )
-
-    def scales(tokens: int) -> object:
-        """Scales of the rows of a lane: those of group g are neighbours."""
-        return gl.DistributedLinearLayout(
-            reg_bases=[[0, 1 << k] for k in range((tokens // 8).bit_length() - 1)],
-            lane_bases=[[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
-            warp_bases=[],
-            block_bases=[],
-            shape=[8, tokens // 8],
-        )
-
-    k_spec, v_spec = QuantSpec.from_key(k_spec_key), QuantSpec.from_key(v_spec_key)
-    layout = page_layout(k_spec, v_spec)
-    k_table, v_table = lookup_table(k_spec, device), lookup_table(v_spec, device)
-    k_ptx, k_operands = lookup(k_spec.bits, k_spec.codebook == "e4m3")
-    v_ptx, v_operands = lookup(v_spec.bits, v_spec.codebook == "e4m3")
-    compile_time = {
-        "D": k_spec.dim,
-        "DV": v_spec.dim,
-        "T": layout.tokens,
-        "K_BITS": k_spec.bits,
-        "V_BITS": v_spec.bits,
-        "K_E4M3": k_spec.codebook == "e4m3",
-        "V_E4M3": v_spec.codebook == "e4m3",
-        "PDL": capability(device) >= (9, 0),
-        "K_PTX": k_ptx,
-        "K_OPERANDS": k_operands,
-        "V_PTX": v_ptx,
-        "V_OPERANDS": v_operands,
-        "LOAD": LOAD_BY_LANE,
-        "HALVE": HALVE,
-        "K_PLANE1": plane1(16),
-        "V_PLANE1": plane1(VALUE_CHANNELS),
-        "SCALES": scales(layout.tokens),
-        "VC": VALUE_CHANNELS,
-        "UNIT": DENSE_UNIT,
-    }
-    turns = k_spec.rotation == v_spec.rotation == "hadamard"
-    return Plan(
-        layout,
-        TUNING[k_spec.bits, k_spec.codebook == "e4m3"],
-        compile_time,
-        (k_table, None if torch.equal(k_table, v_table) else v_table),
-        (_turn(k_spec, device), _turn(v_spec, device)) if turns else None,
-    )
-
-
-@constants.cached_constant
-def _turn(spec: QuantSpec, device: torch.device) -> torch.Tensor:
-    """Return d (dim,) of a randomized Hadamard rotation R = H diag(d)."""
-    return constants.signs(spec.dim, spec.seed, device)[:, 0] * spec.dim**-0.5
-
-
-def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
-    """Return the strides of a statistic (dim,) or (..., 1, dim) over batch and head."""
-    if statistic is None or statistic.ndim < 4:
-        return 0, statistic.stride(0) if statistic is not None and statistic.ndim == 3 else 0
-    b, h = statistic.stride()[:2]
-    return (b if statistic.shape[0] > 1 else 0), (h if statistic.shape[1] > 1 else 0)
-
-
-def _ceil_div(a: int, b: int) -> int:  # triton.cdiv costs 7 us a call
-    return -(-a // b)
-
-
-def _power_of_two(n: int) -> int:
-    """Return the least power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _cut(n_pages: int, n_dense: int, most: int, least_pages: int) -> tuple[int, int]:
-    """Return splits, at most `most` and equal, and pages (or units of dense rows) of each."""
-    units = n_pages + _ceil_div(n_dense, DENSE_UNIT)
-    per_split = max(_ceil_div(units, most), min(least_pages, n_pages), 1)
-    return _ceil_div(units, per_split), per_split
-
-
-def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
-    """Return the strides of a mask over batch, query heads and queries, 0 where it broadcasts."""
-    if mask is None:
-        return 0, 0, 0
-    b, h, q = (
-        stride if size > 1 else 0
-        for stride, size in zip(mask.stride()[:3], mask.shape[:3], strict=True)
-    )
-    return b, h, q
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    k_equalizer: torch.Tensor | None = None
+    k_shift: torch.Tensor | None = None
+    v_equalizer: torch.Tensor | None = None
+    v_shift: torch.Tensor | None = None
 
 
 def decode_attention(
@@ -265,30 +136,23 @@ def decode_attention(
     )
 
 
-class Places(NamedTuple):
-    """Which tokens there are and who sees them: arguments of `decode_attention` as they came."""
-
-    page_table: torch.Tensor | None
-    seqlens: torch.Tensor | None
-    n_tokens: int
-    starts: torch.Tensor | None
-    dense_lens: torch.Tensor | None
-    n_dense: int
-    n_sinks: int
-    mask: torch.Tensor | None
-    is_causal: bool
-    window: int
+def _strides(statistic: torch.Tensor | None) -> tuple[int, int]:
+    """Return the strides of a statistic (dim,) or (..., 1, dim) over batch and head."""
+    if statistic is None or statistic.ndim < 4:
+        return 0, statistic.stride(0) if statistic is not None and statistic.ndim == 3 else 0
+    b, h = statistic.stride()[:2]
+    return (b if statistic.shape[0] > 1 else 0), (h if statistic.shape[1] > 1 else 0)
 
 
-class Segment(NamedTuple):
-    """Pages of keys and values and their statistics."""
-
-    k_pages: torch.Tensor
-    v_pages: torch.Tensor
-    k_equalizer: torch.Tensor | None = None
-    k_shift: torch.Tensor | None = None
-    v_equalizer: torch.Tensor | None = None
-    v_shift: torch.Tensor | None = None
+def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of a mask over batch, query heads and queries, 0 where it broadcasts."""
+    if mask is None:
+        return 0, 0, 0
+    b, h, q = (
+        stride if size > 1 else 0
+        for stride, size in zip(mask.stride()[:3], mask.shape[:3], strict=True)
+    )
+    return b, h, q
 
 
 def _attend(
@@ -312,19 +176,19 @@ def _attend(
     kv_heads, v_dim = packed.k_pages.shape[1], layout.value_dim
     rows = heads // kv_heads * q_len
     width = 8 if rows <= 8 else 16
-    groups, key_heads = _ceil_div(rows, width), batch * kv_heads
+    groups, key_heads = ceil_div(rows, width), batch * kv_heads
     page_table, mask = places.page_table, places.mask
     pages_per_row = page_table.shape[1] if page_table is not None else len(packed.k_pages) // batch
     n_pages = pages_per_row
     if places.seqlens is None:
-        n_pages = _ceil_div(places.n_tokens, layout.tokens)
+        n_pages = ceil_div(places.n_tokens, layout.tokens)
     dense_rows = 0
     if k_dense is not None:
         dense_rows = places.n_dense if places.dense_lens is None else k_dense.shape[2]
     fit = tuning.programs[width == 16] * multiprocessors(device)  # on the GPU at once
     most = max(fit // max(key_heads * groups, 1), 1)
     n_pages = n_pages if has_pages else 0
-    n_splits, per_split = _cut(n_pages, dense_rows, most, tuning.pages)
+    n_splits, per_split = cut(n_pages, dense_rows, most, tuning.pages)
 
     out = query.new_empty((batch, heads, q_len, v_dim))
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
@@ -351,31 +215,13 @@ def _attend(
         CAUSAL=places.is_causal, HAS_DENSE=k_dense is not None, **plan.constants,
         num_warps=1, maxnreg=tuning.registers[width == 16], launch_pdl=pdl,
     )  # fmt: skip
-    block, columns, warps = _merge_shape(rows, key_heads, v_dim, n_splits, device)
-    splits = _power_of_two(n_splits)
-    merge_kernel[(_ceil_div(rows, block), v_dim // columns, key_heads)](
+    merge = merge_shape(rows, key_heads, v_dim, n_splits, device)
+    merge_kernel[(ceil_div(rows, merge.rows), v_dim // merge.columns, key_heads)](
         partial, partial_lse, out, lse, n_splits, rows,
-        DV=v_dim, ROWS=block, COLUMNS=columns, SPLITS=splits,
-        CHUNK=max(min(warps * MERGE_NUMBERS // (block * columns), splits), 1),
-        PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        DV=v_dim, ROWS=merge.rows, COLUMNS=merge.columns, SPLITS=merge.splits, CHUNK=merge.chunk,
+        PDL=pdl, num_warps=merge.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out, lse
-
-
-def _merge_shape(
-    rows: int, key_heads: int, dim: int, splits: int, device: torch.device
-) -> tuple[int, int, int]:
-    """Return query rows, columns and warps of a merging program: small ones that fill the GPU."""
-    block, columns, enough = 1, dim, 2 * multiprocessors(device)
-    splits = _power_of_two(splits)
-    while block < rows and key_heads * _ceil_div(rows, 2 * block) >= 2 * enough:
-        if 2 * block * splits * dim > 2 * MERGE_NUMBERS:
-            break
-        block *= 2
-    while columns > MERGE_COLUMNS and key_heads * rows * (dim // columns) < enough:
-        columns //= 2
-    warps = _power_of_two(_ceil_div(block * splits * columns, MERGE_NUMBERS))
-    return block, columns, min(warps, MERGE_WARPS)
 
 
 def _attend_by_matrix(
@@ -411,9 +257,9 @@ def _attend_by_matrix(
     out = restore(sums, packed.v_shift, packed.v_equalizer, seen)
     out = out.view(batch, heads, q_len, v_spec.dim)
     if k_dense is not None:
-        both = [(out, lse)]
-        both += [
-            _attend(query, bare, k_dense, v_dense, places, scale, softcap, plan, has_pages=False)
-        ]
-        out, lse = merge_partials(both), torch.logaddexp(lse, both[1][1])
+        dense, dense_lse = _attend(
+            query, bare, k_dense, v_dense, places, scale, softcap, plan, has_pages=False
+        )
+        out = merge_partials([(out, lse), (dense, dense_lse)])
+        lse = torch.logaddexp(lse, dense_lse)
     return out.to(query.dtype), lse

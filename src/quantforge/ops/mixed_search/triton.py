@@ -212,8 +212,8 @@ def mixed_search(
         ]  # fmt: skip
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     width = 64 if len(base) > 16 * max(1, len(ranges)) else 16
-    work = _work(ranges, starts, visitors, q, run, width, device)
-    if not q or not work.runs or not len(work.entries):
+    work = _work(ranges, starts, visitors, q, run, width, device) if len(base) and q else None
+    if work is None or not work.runs or not len(work.entries):
         absent = torch.full((q, k), -torch.inf, device=device)
         return absent, torch.full((q, k), -1, dtype=torch.int64, device=device)
     parsed = tuple(QuantSpec.from_key(key) for key in specs)
@@ -251,6 +251,6 @@ def _selected(
     visit = visits[at]
     owner = torch.searchsorted(work.entries[:, 2].contiguous(), visit, right=True) - 1
     entry = work.entries[owner.clamp_min(0)]
-    firsts = entry[..., 0] + (slot - places[at]) * run
+    firsts = torch.where(there, entry[..., 0] + (slot - places[at]) * run, 0)
     ends = torch.where(there, entry[..., 1], 0)
     return firsts, ends, base[visit]
