@@ -35,6 +35,9 @@ from quantforge.spec import QuantSpec
 
 MAX_K = 200
 ROWS = 16 if INTERPRET else 64
+RESCORED = 16
+"""Rows that a program of one warp scores again. With four warps the sums of a second group came out
+wrong (Triton 3.6 on an H200, 2026-11-25), with one they are right."""
 LONG_RUN, LONG_RANGE = 4 * ROWS, 1 << 16
 """Rows of a run, where a range has more rows than LONG_RANGE; ROWS otherwise."""
 DIGIT = 64
@@ -221,20 +224,20 @@ def mixed_search(
     integers, weights = _integers(query, parsed)
     tables = tuple(_table(spec, device) for spec in parsed)
     bitmap = offsets if filter_bitmap is None else filter_bitmap
-    options = {"GROUPS": groups, "N": ROWS, "RUN": run, "BITMAP": filter_bitmap is not None}
+    options = {"GROUPS": groups, "RUN": run, "BITMAP": filter_bitmap is not None}
     rows = (tuple(packed), tables, scales, offsets, integers, weights)
     best = torch.full((q, work.slots), -torch.inf, device=device)
     scan_runs[(len(work.entries) * work.runs,)](
         *rows, base, bitmap, work.entries, work.visitors, work.places, best, unit,
         len(work.entries), len(scales), length, len(parsed),
-        QUERIES=width, num_warps=4, enable_fp_fusion=False, **options,
+        N=ROWS, QUERIES=width, num_warps=4, enable_fp_fusion=False, **options,
     )  # fmt: skip
     keep = triton.next_power_of_2(k)
     firsts, ends, added = _selected(best_of_scores(best, keep), work, base, run)
     keys = torch.empty((q, keep * run), dtype=torch.int64, device=device)
-    rescore_runs[(keep * run // ROWS, q)](
+    rescore_runs[(keep * run // RESCORED, q)](
         *rows, added, bitmap, firsts, ends, keys, unit, len(scales), length, len(parsed),
-        num_warps=4, enable_fp_fusion=False, **options,
+        N=RESCORED, num_warps=1, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return best_of_keys(keys, k, None)
 
