@@ -247,7 +247,7 @@ def as_float32(name: str, value: Any) -> np.ndarray:
         return value.float().numpy()
     if value.dtype.kind != "f":
         raise InputError(f"{name} must hold floating-point numbers; got {value.dtype}")
-    with np.errstate(over="ignore"):  # an infinity is refused by those who use it
+    with np.errstate(over="ignore", invalid="ignore"):  # users refuse what is not finite
         return np.array(value, np.float32)  # a copy: torch wants memory that can be written to
 
 
