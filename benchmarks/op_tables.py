@@ -109,6 +109,26 @@ def compiled_step_table() -> str:
     return of_devices("decode_step", "python -m benchmarks.decode_step", _compiled_steps)
 
 
+def generate_step_table() -> str:
+    """Return the time of a token through `generate()`."""
+    return of_devices("generate_step", "python -m benchmarks.generate_step", _generated)
+
+
+def _generated(rows: list[Row]) -> str:
+    head = ["context", "batch", "cache", "a token", "from", "to"]
+    order = sorted(rows, key=lambda row: (row["context"], row["batch"], row["case"]))
+    body = [
+        [
+            f"{row['context']:,}",
+            str(row["batch"]),
+            row["cache"],
+            *(f"{row[key]:.2f} ms" for key in ("token_ms", "low_ms", "high_ms")),
+        ]
+        for row in order
+    ]
+    return markdown(head, body)
+
+
 def _compiled_steps(rows: list[Row]) -> str:
     head = [
         "context",

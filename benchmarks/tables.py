@@ -14,6 +14,7 @@ from benchmarks import optimizer_tables
 from benchmarks.op_tables import (
     compiled_step_table,
     decode_step_table,
+    generate_step_table,
     markdown,
     op_table,
     plots,
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_fidelity_tiny-lm": lambda: kv_fidelity("kv_fidelity_tiny-lm"),
     "kv_fidelity_tiny-code-llama": lambda: kv_fidelity("kv_fidelity_tiny-code-llama"),
     "kv_fidelity_6k": lambda: kv_fidelity("kv_fidelity_tiny-code-llama_6k"),
+    "kv_fidelity_6k_stress": lambda: kv_fidelity("kv_fidelity_tiny-code-llama_6k_stress"),
     "outlier_bits": lambda: held_bits("kv_fidelity_tiny-code-llama_outlier_bits"),
     "eager_scores": lambda: eager_scores("eager_ops_cpu"),
     "eager_attention_cuda": lambda: eager_attention("eager_ops_cuda"),
@@ -150,6 +152,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_attention_goals": partial(op_table, "decode_attention", only_goals=True),
     "decode_step": decode_step_table,
     "compiled_step": compiled_step_table,
+    "generate_step": generate_step_table,
     "decode_attention_plot": plots,
     "index_peers": index_peers,
     "index_fields": index_fields,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import breakdown, decode_model, decode_step, record
+from benchmarks import breakdown, decode_model, decode_step, generate_step, record
 
 CPU = torch.device("cpu")
 
@@ -147,3 +147,15 @@ def test_kernels_belong_to_the_scope_they_were_launched_in() -> None:
     assert parts == {"attention": 12, "append": 2, "linear": 0, "other": 1}
     parts = breakdown._by_name(kernels)
     assert parts == {"attention": 7, "append": 2, "linear": 5, "other": 1}
+
+
+def test_a_token_through_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("WARMUP", 1), ("SHORT", 1), ("LONG", 4), ("REPETITIONS", 2)):
+        monkeypatch.setattr(generate_step, name, count)
+    cases = ["--cases", "dynamic-256-b1", "quantforge4-256-b2"]
+    assert not generate_step.main(
+        ["--device", "cpu", "--small", "--output", str(tmp_path), "--commit", "abc", *cases]
+    )
+    rows = record.read_rows(next(tmp_path.glob("generate_step_*.jsonl")))
+    assert [row["case"] for row in rows] == cases[1:]
+    assert all(0 < row["low_ms"] <= row["token_ms"] <= row["high_ms"] for row in rows)
