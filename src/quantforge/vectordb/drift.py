@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 DIRECTIONS = 64
 FIRST_LOOK = 1000
-MAX_LOOKS = 64
 """Vectors added before there is a judgement, and learned from: means of fewer are not normal."""
+MAX_LOOKS = 64
+"""Looks that a file may speak of: each comes after twice as many vectors as the one before."""
 RATE = 1e-3
 """Chance that an index whose data do not drift ever says so."""
 POWERS = 4
