@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 RELEASE: gl.constexpr = gl.constexpr("griddepcontrol.launch_dependents; // $0")
 WAIT: gl.constexpr = gl.constexpr("griddepcontrol.wait; // $0")
-"""Programmatic dependent launch: see `edges`."""
+"""Programmatic dependent launch: see `splits`."""
 LOWEST: gl.constexpr = gl.constexpr(-1.0e30)
 """Where the running maximum starts: finite, so that masked scores (-inf) give weight 0."""
 RESCALE_ABOVE: gl.constexpr = gl.constexpr(8.0)
