@@ -42,7 +42,8 @@ class Tuning:
     pages: int
 
 
-# by key bits and e4m3; NVIDIA H200, triton 3.6.0, 2026-11-24: 8 x 32768 tokens, 8 KV heads, dim 128
+# by key bits and e4m3; NVIDIA H200, triton 3.6.0, 8 KV heads, dim 128: 8 x 32768 tokens
+# (2026-11-24); 16 query rows: 4 x 32768 tokens (2026-11-25)
 TUNING = {
     (2, False): Tuning((128, None), (16, 8), 2),
     (2, True): Tuning((128, None), (16, 8), 2),
